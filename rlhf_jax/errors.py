@@ -1,0 +1,25 @@
+"""Errors that a caller can cause. Each message says what it is and what was got; what is needed; what to do."""
+
+
+class RlhfJaxError(ValueError):
+  """What every error of this package is, so that a program can catch them all by one name."""
+
+
+class AxesError(RlhfJaxError):
+  """Arrays whose shapes do not fit the letters of their names, or each other."""
+
+
+class ConfigError(RlhfJaxError):
+  """A setting, or two settings together, that cannot work."""
+
+
+class DataError(RlhfJaxError):
+  """A record, file or array that is not what it should be; the message names the place."""
+
+
+class CheckpointError(RlhfJaxError):
+  """Saved parameters that are missing, damaged, or of another model."""
+
+
+class ShardingError(RlhfJaxError):
+  """Sizes that a mesh does not divide, or an array that no partition rule covers."""

@@ -1,0 +1,94 @@
+"""What a language model says of tokens: their log-probability, and the entropy of the choice, in nats and float32.
+
+`token_logprobs` and `entropy` read logits that exist already. `chunked_logprobs` goes from hidden states straight to
+both and never holds the logits of a whole batch: for 64 x 1024 tokens and a vocabulary of 128k that is 33.6 GB. It
+recomputes them chunk by chunk in the backward pass. The probability of the target is read with a comparison and a sum,
+not a gather: its gradient needs no scatter, and each device can do its own part of a sharded vocabulary.
+Read next: kl.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.axes import check_axes
+
+
+def token_logprobs(logits_BTV, target_BT):
+  """Natural log of softmax(logits) at the target token, [B, T] float32; other leading axes do as well.
+
+  A target outside [0, V) gives 0 with gradient 0, so mark padding with a mask rather than with such a number.
+
+  >>> import jax.numpy as jnp
+  >>> logprob_BT = token_logprobs(jnp.log(jnp.array([[[0.2, 0.8]]])), jnp.array([[1]]))
+  >>> f'{logprob_BT[0, 0]:.4f}'                                      # log 0.8
+  '-0.2231'
+  """
+  return _at_target(_log_softmax(logits_BTV), target_BT)
+
+
+def entropy(logits_BTV):
+  """-sum_v p_v log p_v of p = softmax(logits), nats, [B, T] float32. Tokens excluded by a logit of -inf count 0.
+
+  >>> import jax.numpy as jnp
+  >>> f'{entropy(jnp.zeros((1, 1, 4)))[0, 0]:.4f}'                   # log 4
+  '1.3863'
+  """
+  return _entropy(_log_softmax(logits_BTV))
+
+
+def chunked_logprobs(hidden_BTD, unembed_DV, target_BT, *, temperature=1.0, tokens_per_chunk=1024):
+  """(logprob_BT, entropy_BT) of softmax(hidden @ unembed / temperature), float32, differentiable.
+
+  At most about max(B, tokens_per_chunk) rows of logits exist at a time, forward and backward. The chunks cut T, so a
+  sharded B stays sharded. The product is computed in the dtype of `hidden` and accumulated in float32; pass `unembed`
+  in float32 to have its gradient summed over the chunks in float32 too. `temperature` > 0.
+
+  >>> import jax.numpy as jnp
+  >>> logprob_BT, entropy_BT = chunked_logprobs(jnp.zeros((2, 3, 5)), jnp.zeros((5, 4)), jnp.zeros((2, 3), int),
+  ...                                           tokens_per_chunk=4)
+  >>> logprob_BT.shape, f'{logprob_BT[0, 0]:.4f}', f'{entropy_BT[0, 0]:.4f}'
+  ((2, 3), '-1.3863', '1.3863')
+  """
+  check_axes(hidden_BTD=hidden_BTD, unembed_DV=unembed_DV, target_BT=target_BT)
+  B, T, _ = hidden_BTD.shape
+  read = functools.partial(_read_chunk, unembed_DV, temperature)
+  length = max(1, tokens_per_chunk // max(B, 1))
+  if length >= T:
+    return read((hidden_BTD, target_BT))
+  count = -(-T // length)
+  padding_T = 0, count * length - T
+
+  def cut(x):                                                        # [B, T, ...] -> [count, B, length, ...]
+    padded = jnp.pad(x, ((0, 0), padding_T) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(padded.reshape(B, count, length, *x.shape[2:]), 1, 0)
+
+  # prevent_cse guards against a merge that cannot happen across the iterations of a map, and hinders fusion.
+  chunks = jax.lax.map(jax.checkpoint(read, prevent_cse=False), (cut(hidden_BTD), cut(target_BT)))
+  logprob_BT, entropy_BT = (jnp.moveaxis(chunk, 0, 1).reshape(B, -1)[:, :T] for chunk in chunks)
+  return logprob_BT, entropy_BT
+
+
+def _read_chunk(unembed_DV, temperature, chunk):
+  """chunked_logprobs of one chunk (hidden_BTD, target_BT)."""
+  hidden_BTD, target_BT = chunk
+  hidden_TD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])           # one axis: the backward product is faster on CPU
+  logits_TV = jnp.matmul(hidden_TD, unembed_DV.astype(hidden_TD.dtype), preferred_element_type=jnp.float32)
+  logprob_TV = _log_softmax(logits_TV / temperature)
+  logprob_T = _at_target(logprob_TV, target_BT.reshape(-1))
+  return logprob_T.reshape(target_BT.shape), _entropy(logprob_TV).reshape(target_BT.shape)
+
+
+def _log_softmax(logits_BTV):
+  return jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
+
+
+def _at_target(logprob_BTV, target_BT):
+  token_BTV = jax.lax.broadcasted_iota(jnp.int32, logprob_BTV.shape, logprob_BTV.ndim - 1)
+  return jnp.sum(jnp.where(token_BTV == target_BT[..., None], logprob_BTV, 0), axis=-1)
+
+
+def _entropy(logprob_BTV):
+  finite_BTV = jnp.where(logprob_BTV > -jnp.inf, logprob_BTV, 0)     # 0 * -inf is NaN; its limit is 0
+  return -jnp.sum(jnp.exp(logprob_BTV) * finite_BTV, axis=-1)

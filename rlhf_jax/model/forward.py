@@ -1,0 +1,96 @@
+"""From parameters and tokens to what the losses need: hidden stream, log-probabilities, values, scores.
+
+Positions and masks are made here, once, from `valid`: padding may stand on either side and takes no position.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.axes import check_axes
+from rlhf_jax.errors import ConfigError
+from rlhf_jax.maths.logprob import chunked_logprobs
+from rlhf_jax.model.attention import project
+from rlhf_jax.model.heads import unembed_DV
+
+
+def positions(valid_BT, segment_BT=None):
+  """Position of every token in its sequence, int32: how many valid tokens stand before it (in its segment, if packed)."""
+  count_BT = jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - valid_BT
+  if segment_BT is None:
+    return count_BT
+  starts_BT = jnp.diff(segment_BT, axis=1, prepend=-1) != 0
+  return count_BT - jax.lax.cummax(jnp.where(starts_BT, count_BT, 0), axis=1)
+
+
+def attends(valid_BT, segment_BT=None, window=None):
+  """Which keys each query sees, bool [B, T, S=T]: valid, of the same segment, not later, within the window."""
+  slot = jnp.arange(valid_BT.shape[1])
+  age_TS = slot[:, None] - slot[None, :]
+  seen_TS = (age_TS >= 0) if window is None else (age_TS >= 0) & (age_TS < window)
+  seen_BTS = seen_TS & valid_BT[:, None, :]
+  return seen_BTS if segment_BT is None else seen_BTS & (segment_BT[:, :, None] == segment_BT[:, None, :])
+
+
+def check_length(config, length):
+  """Raises ConfigError where a sequence is longer than the model's context."""
+  if length > config.context_length:
+    raise ConfigError(f'sequences of {length} tokens, but the model has context_length={config.context_length}. '
+                      'Shorten prompts or responses, or use a model with a longer context.')
+
+
+def hidden(model, params, tokens_BT, valid_BT, segment_BT=None):
+  """The normalised stream after the last block, [B, T, D], of the backbone in `params` (of either model)."""
+  check_axes(tokens_BT=tokens_BT, valid_BT=valid_BT, segment_BT=segment_BT)
+  check_length(model.config, tokens_BT.shape[1])
+  seen_BTS = attends(valid_BT, segment_BT, model.config.window)
+  return model.apply({'params': params}, tokens_BT, positions(valid_BT, segment_BT), seen_BTS,
+                     method=lambda m, *args: m.backbone(*args)[0])
+
+
+def logits(model, params, tokens_BT, valid_BT):
+  """float32 [B, T, V]. For looking at and for tests; the losses never hold so large an array."""
+  hidden_BTD = hidden(model, params, tokens_BT, valid_BT)
+  return project(hidden_BTD, unembed_DV(params).astype(hidden_BTD.dtype)).astype(jnp.float32)
+
+
+def logprobs_from_hidden(model, params, hidden_BTD, target_BT, temperature=1.0):
+  """Nats and entropy of each target under the stream at its place: (logprob_BT, entropy_BT), float32."""
+  return chunked_logprobs(hidden_BTD, unembed_DV(params).astype(hidden_BTD.dtype), target_BT, temperature=temperature,
+                          tokens_per_chunk=model.config.tokens_per_chunk)
+
+
+def next_logprobs(model, params, tokens_BT, valid_BT, *, segment_BT=None, start=1, temperature=1.0):
+  """(logprob, entropy) of the tokens from slot `start` on, each given all before it; float32 [B, T - start]."""
+  hidden_BTD = hidden(model, params, tokens_BT, valid_BT, segment_BT)
+  return logprobs_from_hidden(model, params, hidden_BTD[:, start - 1:-1], tokens_BT[:, start:], temperature)
+
+
+def values(model, params, tokens_BT, valid_BT):
+  """The scalar head at every position, float32 [B, T]."""
+  return values_from_hidden(model, params, hidden(model, params, tokens_BT, valid_BT))
+
+
+def values_from_hidden(model, params, hidden_BTD):
+  """The scalar head of a ScalarModel on a stream, whose backbone may belong to another model; float32 [B, T]."""
+  return model.apply({'params': {'scalar': params['scalar']}}, hidden_BTD, method='head')
+
+
+def scores(model, params, tokens_BT, valid_BT):
+  """A reward model's score of each sequence: its scalar at the last valid token, float32 [B]; 0 where none is valid."""
+  value_BT = values(model, params, tokens_BT, valid_BT)
+  slot = jnp.arange(valid_BT.shape[1])
+  last_B = jnp.max(jnp.where(valid_BT, slot, -1), axis=1)
+  return jnp.sum(jnp.where(slot == last_B[:, None], value_BT, 0.0), axis=1)
+
+
+def policy_and_value(policy, value, params, tokens_BT, valid_BT, *, start, temperature):
+  """(logprob_BR, entropy_BR, value_BT) of params {'policy', 'value'}, R being the slots from `start` on.
+
+  One pass where the value is a second head on the policy's trunk (`params['value']` has no backbone), else two.
+  """
+  hidden_BTD = hidden(policy, params['policy'], tokens_BT, valid_BT)
+  logprob_BR, entropy_BR = logprobs_from_hidden(policy, params['policy'], hidden_BTD[:, start - 1:-1],
+                                                tokens_BT[:, start:], temperature)
+  if 'backbone' in params['value']:
+    return logprob_BR, entropy_BR, values(value, params['value'], tokens_BT, valid_BT)
+  return logprob_BR, entropy_BR, values_from_hidden(value, params['value'], hidden_BTD)

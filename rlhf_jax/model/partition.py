@@ -1,0 +1,77 @@
+"""Where each axis lives on a mesh: one dict from letters to mesh axes, applied to the suffix of every name.
+
+It serves parameters, optimizer state (Optax keeps the names), batches and activations. Exhaustive: a name that the rules
+do not cover raises, so a misspelt one is never replicated by accident. Meshes are made in `runners.py`.
+"""
+
+import math
+
+import jax
+from jax.sharding import PartitionSpec
+
+from rlhf_jax.axes import ALPHABET, axes_of
+from rlhf_jax.errors import ShardingError
+
+RULES = {
+  'B': ('data', 'fsdp'), 'D': 'fsdp', 'V': 'tensor', 'N': 'tensor', 'K': 'tensor', 'F': 'tensor',
+  'H': None, 'L': None, 'T': None, 'P': None, 'R': None, 'S': None, 'C': None, 'G': None,
+  # An embedding that is cut along both axes is gathered whole at every look-up; cut along V alone it is not.
+  'embedding_VD': (('tensor', 'fsdp'), None),
+  'step': (), 'bias': (), 'count': (),
+}
+
+
+def _name(path):
+  """The last word of a path in a pytree: a dict key or a field name."""
+  words = [str(getattr(entry, 'key', getattr(entry, 'name', ''))) for entry in path]
+  words = [word for word in words if word and not word.isdigit()]
+  return words[-1] if words else ''
+
+
+def spec(name, shape, rules=RULES):
+  """The PartitionSpec of an array by its name; raises ShardingError for a name that the rules do not cover."""
+  if name in rules:
+    return PartitionSpec(*rules[name])
+  letters = axes_of(name)
+  if len(letters) != len(shape) or (not letters and shape):
+    raise ShardingError(f'no partition rule covers {name!r} of shape {tuple(shape)}. Name it with one letter of '
+                        f'{ALPHABET} an axis, or add its name to the rules.')
+  missing = [letter for letter in letters if letter not in rules]
+  if missing:
+    raise ShardingError(f'{name!r} has the axis {missing[0]}, which no partition rule covers. Add {missing[0]!r} to the '
+                        'rules, with a mesh axis or None.')
+  return PartitionSpec(*(rules[letter] for letter in letters))
+
+
+def specs(tree, axis_sizes, rules=RULES):
+  """PartitionSpecs for every leaf of a tree (arrays or shapes), each checked to divide by the mesh's {axis: size}."""
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: _checked(path, leaf, axis_sizes, rules), tree)
+
+
+def _checked(path, leaf, axis_sizes, rules):
+  name = _name(path)
+  if not leaf.shape and name not in rules:
+    return PartitionSpec()                                               # a number has nothing to shard
+  found = spec(name, leaf.shape, rules)
+  for letter, size, axes in zip(axes_of(name), leaf.shape, found, strict=False):
+    for_axis = (axes,) if isinstance(axes, str) else axes or ()
+    parts = math.prod(axis_sizes.get(axis, 1) for axis in for_axis)
+    if size % parts:
+      largest = max(n for n in range(1, parts + 1) if size % n == 0 and parts % n == 0)
+      where = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise ShardingError(f"{where} has {letter}={size}, which mesh axis {' x '.join(map(repr, for_axis))} ({parts} "
+                          f'devices) does not divide. Use {largest} there, or map {letter} to None.')
+  return found
+
+
+def constrain(x, letters):
+  """x, with its axes pinned to a data x fsdp x tensor mesh: B split, the rest whole. No-op without such a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if not set(RULES['B']) <= set(mesh.axis_names):
+    return x
+  parts = math.prod(mesh.shape[axis] for axis in RULES['B'])
+  for letter, size in zip(letters, x.shape, strict=True):
+    if letter == 'B' and size % parts:
+      raise ShardingError(f'{size} sequences at a time, which the {parts} devices of the mesh axes data x fsdp do not '
+                          'divide. Choose a batch size that they divide after the cut into minibatches and microbatches.')
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*(RULES['B'] if letter == 'B' else None for letter in letters)))

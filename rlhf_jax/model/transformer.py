@@ -1,0 +1,166 @@
+"""The one transformer: every family is this module under another `ModelConfig`.
+
+A weight's name is its shape, its place in the checkpoint and its sharding. Blocks are stored stacked (`q_LDNH`) and run
+either unrolled, split once into layers (`q_DNH`), or as one scanned block; the numbers are the same. Heads are in
+`heads.py`, masks and positions in `forward.py`. Absent on purpose: dropout, which RLHF turns off.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.axes import axes_of
+from rlhf_jax.model.attention import attend, frequencies, layer_norm, project, rms_norm, rotate
+from rlhf_jax.model.cache import write
+from rlhf_jax.model.config import ModelConfig
+from rlhf_jax.model.partition import constrain
+
+_ACTIVATIONS = {'silu': jax.nn.silu, 'gelu': functools.partial(jax.nn.gelu, approximate=False),
+                'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
+
+
+def _weight(module, name):
+  """The parameter of that name, its sizes read off the suffix, cast to the compute dtype."""
+  c = module.config
+  return module.param(name, _initial(name, c), c.shape(name), jnp.float32).astype(c.dtype)
+
+
+def _initial(name, config):
+  """Norm scales 1, biases 0, other weights normal with variance 1 / fan-in, less where they add to the stream."""
+  if 'bias' in name:
+    return nn.initializers.zeros
+  if 'norm' in name:
+    return nn.initializers.ones
+  letters = axes_of(name)
+  into_stream = name in ('o_NHD', 'down_FD')
+  fan_in = math.prod(map(config.size, letters[:-1])) if into_stream else config.width
+  return nn.initializers.normal((fan_in * (2 * config.layers if into_stream else 1)) ** -0.5)
+
+
+def _norm(module, name, x_BTD):
+  c = module.config
+  scale_D = _weight(module, f'{name}_D')
+  if c.norm == 'rms':
+    return rms_norm(x_BTD, scale_D, c.norm_epsilon)
+  return layer_norm(x_BTD, scale_D, _weight(module, f'{name}_bias_D'), c.norm_epsilon)
+
+
+class Block(nn.Module):
+  """Attention and a feed-forward, each read from a normalised stream and added back to it.
+
+  Returns the stream and the layer's cache (None without one). With a cache, the T tokens go to its slots from `slot` on.
+  """
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, position_BT, attends_BTS, cache=None, slot=0):
+    c = self.config
+    y_BTD = _norm(self, 'attention_norm', x_BTD)
+    attended_BTD, cache = self._attention(y_BTD, position_BT, attends_BTS, cache, slot)
+    if c.parallel_residual:
+      return x_BTD + attended_BTD + self._feedforward(_norm(self, 'feedforward_norm', x_BTD)), cache
+    x_BTD = x_BTD + attended_BTD
+    return x_BTD + self._feedforward(_norm(self, 'feedforward_norm', x_BTD)), cache
+
+  def _attention(self, y_BTD, position_BT, attends_BTS, cache, slot):
+    c, weight = self.config, functools.partial(_weight, self)
+    q_BTNH, k_BTKH, v_BTKH = (project(y_BTD, weight(name)) for name in ('q_DNH', 'k_DKH', 'v_DKH'))
+    if c.qkv_bias:
+      q_BTNH, k_BTKH, v_BTKH = q_BTNH + weight('q_bias_NH'), k_BTKH + weight('k_bias_KH'), v_BTKH + weight('v_bias_KH')
+    if c.qk_norm:
+      q_BTNH = rms_norm(q_BTNH, weight('q_norm_H'), c.norm_epsilon)
+      k_BTKH = rms_norm(k_BTKH, weight('k_norm_H'), c.norm_epsilon)
+    if c.position == 'rope':
+      radians = frequencies(c)
+      q_BTNH, k_BTKH = rotate(q_BTNH, position_BT, radians), rotate(k_BTKH, position_BT, radians)
+    if cache is None:
+      k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    else:
+      cache = k_BKSH, v_BKSH = write(cache, k_BTKH, v_BTKH, slot)
+    out_BTD = project(attend(q_BTNH, k_BKSH, v_BKSH, attends_BTS), weight('o_NHD'), contracted=2)
+    return (out_BTD + weight('o_bias_D') if c.output_bias else out_BTD), cache
+
+  def _feedforward(self, y_BTD):
+    c, weight = self.config, functools.partial(_weight, self)
+    def branch(name):
+      x_BTF = project(y_BTD, weight(f'{name}_DF'))
+      return x_BTF + weight(f'{name}_bias_F') if c.feedforward_bias else x_BTF
+    activation = _ACTIVATIONS[c.activation]
+    inner_BTF = activation(branch('gate')) * branch('up') if c.gated else activation(branch('up'))
+    out_BTD = project(inner_BTF, weight('down_FD'))
+    return out_BTD + weight('down_bias_D') if c.feedforward_bias else out_BTD
+
+
+class Transformer(nn.Module):
+  """Token ids to the normalised stream after the last block, [B, T, D] in the compute dtype, and the cache.
+
+  `attends_BTS[b, t, s]` says whether query t sees key s; S is T, or the slots of the cache. `blocks` among the parameters
+  may also be what `split_layers` makes of it, which spares a decode loop the splitting at every token.
+  """
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens_BT, position_BT, attends_BTS, cache=None, slot=0):
+    c = self.config
+    x_BTD = _weight(self, 'embedding_VD')[tokens_BT]
+    if c.position == 'learned':
+      x_BTD = x_BTD + _weight(self, 'position_TD')[position_BT]
+    x_BTD = constrain(x_BTD, 'BTD')
+    blocks = self.param('blocks', _initial_blocks, c) if self.is_initializing() else self.get_variable('params', 'blocks')
+    if c.scan_layers and cache is None:
+      x_BTD = _scanned(c, blocks, x_BTD, position_BT, attends_BTS)
+    else:
+      x_BTD, cache = _unrolled(c, blocks, x_BTD, position_BT, attends_BTS, cache, slot)
+    return _norm(self, 'final_norm', x_BTD), cache
+
+
+def split_layers(blocks, layers):
+  """Stacked blocks {'q_LDNH': ...} as a tuple of layers {'q_DNH': ...}; `lax.split` so that gradients are concatenated."""
+  if isinstance(blocks, tuple):
+    return blocks
+  pieces = {name: jax.lax.split(stacked, [1] * layers) for name, stacked in blocks.items()}
+  return tuple({_without_L(name): piece[i][0] for name, piece in pieces.items()} for i in range(layers))
+
+
+def _with_L(name):
+  letters = axes_of(name)
+  return f'{name[:-len(letters)]}L{letters}'
+
+
+def _without_L(name):
+  letters = axes_of(name)
+  return f'{name[:-len(letters)]}{letters[1:]}'
+
+
+def _initial_blocks(key, config):
+  """Stacked parameters of all blocks, each layer drawn from a key of its own."""
+  x_BTD, position_BT = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1), jnp.int32)
+  one = lambda k: Block(config).init(k, x_BTD, position_BT, jnp.ones((1, 1, 1), bool))['params']
+  return {_with_L(name): stacked for name, stacked in jax.vmap(one)(jax.random.split(key, config.layers)).items()}
+
+
+def _apply_block(config, layer, *args):
+  x_BTD, cache = Block(config).apply({'params': layer}, *args)
+  return constrain(x_BTD, 'BTD'), cache
+
+
+def _remat(config):
+  apply = functools.partial(_apply_block, config)
+  return jax.checkpoint(apply, prevent_cse=not config.scan_layers) if config.remat else apply
+
+
+def _unrolled(config, blocks, x_BTD, position_BT, attends_BTS, cache, slot):
+  apply, written = _remat(config) if cache is None else functools.partial(_apply_block, config), []
+  for i, layer in enumerate(split_layers(blocks, config.layers)):
+    x_BTD, layer_cache = apply(layer, x_BTD, position_BT, attends_BTS, None if cache is None else cache[i], slot)
+    written.append(layer_cache)
+  return x_BTD, None if cache is None else tuple(written)
+
+
+def _scanned(config, blocks, x_BTD, position_BT, attends_BTS):
+  apply = _remat(config)
+  body = lambda x, layer: (apply(layer, x, position_BT, attends_BTS)[0], None)
+  return jax.lax.scan(body, x_BTD, {_without_L(name): stacked for name, stacked in blocks.items()})[0]

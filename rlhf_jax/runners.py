@@ -1,0 +1,134 @@
+"""How pure functions meet devices: on one, mapped over many (`pmap`), or sharded over a mesh (`jit`).
+
+The only file that knows of pmap and meshes. A function is written once, over the arrays that a device sees, and says for
+each argument and result which of three kinds it is: 'params' (parameters, optimizer state: laid out by the partition
+rules), 'batch' (first axis B, split over devices), 'same' (keys, metrics: the same on every device). Between calls all
+arrays have their full, logical shape, whatever the runner.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax.errors import ConfigError, ShardingError
+from rlhf_jax.model import partition
+
+Kind = Literal['params', 'batch', 'same']
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Runner:
+  """Compiles, places and fetches. Made by `single`, `pmapped` or `sharded`; `axis_name` goes to the functions it runs."""
+  name: str
+  mesh: Mesh
+  rules: dict[str, Any]
+  axis_name: str | None = None
+  constrains: bool = False  # whether activations are pinned to the mesh inside the functions
+
+  def shardings(self, tree, kind: Kind):
+    """NamedSharding of every leaf of a tree of arrays or shapes; raises ShardingError where the mesh does not divide."""
+    if kind == 'same':
+      return jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), tree)
+    found = partition.specs(tree, dict(self.mesh.shape), self.rules)
+    return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), found, is_leaf=_is_spec)
+
+  def place(self, tree, kind: Kind):
+    """The tree on the devices of this runner; arrays that lie there already are not copied."""
+    return jax.device_put(tree, self.shardings(tree, kind))
+
+  def fetch(self, tree):
+    """The tree as numpy arrays of full shape."""
+    return jax.device_get(tree)
+
+  def initialise(self, make, *args):
+    """make(*args), a tree of 'params', born sharded: no device ever holds the whole of it."""
+    return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, *args), 'params'))(*args)
+
+  def compile(self, fn, *, inputs: tuple[Kind, ...], outputs: tuple[Kind, ...] | Kind, donate: tuple[int, ...] = ()):
+    """fn, compiled for this runner's devices. Arguments are placed where they are not yet; those of `donate` are given up.
+
+    The result has `.lower(*args)`, to read the compiled program.
+    """
+    if self.axis_name is not None:
+      fn = self._mapped(fn, inputs, outputs)
+
+    def pinned(*args):
+      result = fn(*args)
+      if isinstance(outputs, str):
+        return self._pin(result, outputs)
+      return tuple(self._pin(tree, kind) for tree, kind in zip(result, outputs, strict=True))
+
+    jitted = jax.jit(functools.wraps(fn)(pinned), donate_argnums=donate)
+
+    def placed(method, *args):
+      args = tuple(self.place(tree, kind) for tree, kind in zip(args, inputs, strict=True))
+      with jax.set_mesh(self.mesh) if self.constrains else contextlib.nullcontext():
+        return method(*args)
+
+    run = functools.partial(placed, jitted)
+    run.lower = functools.partial(placed, jitted.lower)
+    return run
+
+  def _pin(self, tree, kind):
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.shardings(tree, kind))
+
+  def _mapped(self, fn, inputs, outputs):
+    """fn under pmap: a batch goes in and comes out as [devices, B / devices, ...], everything else whole."""
+    n, axis = self.mesh.size, {'params': None, 'same': None, 'batch': 0}
+    out_axes = axis[outputs] if isinstance(outputs, str) else tuple(axis[kind] for kind in outputs)
+    mapped = jax.pmap(fn, axis_name=self.axis_name, in_axes=tuple(axis[kind] for kind in inputs), out_axes=out_axes,
+                      devices=list(self.mesh.devices.flat))
+    split = lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:])
+    join = lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+    def whole(*args):
+      result = mapped(*(jax.tree.map(split, tree) if kind == 'batch' else tree for tree, kind in zip(args, inputs)))
+      if isinstance(outputs, str):
+        return jax.tree.map(join, result) if outputs == 'batch' else result
+      return tuple(jax.tree.map(join, tree) if kind == 'batch' else tree for tree, kind in zip(result, outputs))
+    return whole
+
+
+def _is_spec(x):
+  return isinstance(x, PartitionSpec)
+
+
+def _mesh(shape, devices):
+  return Mesh(np.asarray(devices).reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+_WHOLE = {name: tuple(None for _ in rule) if isinstance(rule, tuple) else None for name, rule in partition.RULES.items()}
+
+
+def single(device=None):
+  """Everything on one device: the first, unless another is given."""
+  return Runner('single', _mesh({'data': 1}, [device or jax.devices()[0]]), _WHOLE | {'B': 'data'})
+
+
+def pmapped(devices=None):
+  """Parameters whole on every device, the batch split over all, gradients summed by `psum` over the axis 'data'."""
+  devices = jax.devices() if devices is None else devices
+  return Runner('pmapped', _mesh({'data': len(devices)}, devices), _WHOLE | {'B': 'data'}, axis_name='data')
+
+
+def sharded(data=None, fsdp=1, tensor=1, rules=None, devices=None):
+  """Parameters and optimizer state cut over fsdp x tensor, the batch over data x fsdp; XLA inserts the collectives.
+
+  `data` None takes the devices that are left. `rules` changes entries of `partition.RULES`.
+  """
+  devices = jax.devices() if devices is None else devices
+  if data is None:
+    data = max(1, len(devices) // (fsdp * tensor))
+  if min(data, fsdp, tensor) < 1 or data * fsdp * tensor != len(devices):
+    raise ShardingError(f'a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {data * fsdp * tensor} devices, '
+                        f'but there are {len(devices)}. Choose sizes whose product is {len(devices)}.')
+  unknown = set(rules or {}) - set(partition.RULES)
+  if unknown:
+    raise ConfigError(f'partition rules for {sorted(unknown)}, which no array here has. Known: {sorted(partition.RULES)}.')
+  mesh = _mesh({'data': data, 'fsdp': fsdp, 'tensor': tensor}, devices)
+  return Runner('sharded', mesh, partition.RULES | (rules or {}), constrains=True)

@@ -1,0 +1,11 @@
+"""Eight CPU devices for every test, set before JAX is imported.
+
+NPROC sizes XLA's thread pool: with the default on a small machine, eight fake devices that wait for each other deadlock.
+"""
+
+import os
+
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ.setdefault('NPROC', '32')
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
