@@ -26,8 +26,7 @@ def gae(reward_BR, value_BR, mask_BR, *, discount, trace, bootstrap_B=None):
   (['0.82675', '0.76500', '0.70000'], '0.92675')
   """
   check_axes(reward_BR=reward_BR, value_BR=value_BR, mask_BR=mask_BR, bootstrap_B=bootstrap_B)
-  reward_BR = jnp.where(mask_BR, jnp.asarray(reward_BR, jnp.float32), 0)
-  value_BR = jnp.where(mask_BR, jnp.asarray(value_BR, jnp.float32), 0)
+  reward_BR, value_BR = jnp.asarray(reward_BR, jnp.float32), jnp.asarray(value_BR, jnp.float32)
 
   def backwards(after, slot):
     (advantage_after_B, value_after_B), (reward_B, value_B, mask_B) = after, slot

@@ -48,8 +48,7 @@ def whiten(x, mask, *, bessel=True, keep_mean=False, epsilon=1e-8, axis_name=Non
   >>> print(whiten(jnp.array([1.0, 3.0, 5.0, jnp.nan]), jnp.array([True, True, True, False])))
   [-1.  0.  1.  0.]
   """
-  x = jnp.where(mask, jnp.asarray(x, jnp.float32), 0)
-  mask = jnp.broadcast_to(mask, x.shape)
+  x = jnp.asarray(x, jnp.float32)
   mean = masked_mean(x, mask, axis_name)
   deviation = jnp.where(mask, x - mean, 0)
   squares, count = add_across((masked_sum(deviation ** 2, mask), masked_sum(jnp.ones(x.shape), mask)), axis_name)

@@ -55,7 +55,7 @@ def logits(model, params, tokens_BT, valid_BT):
 
 def logprobs_from_hidden(model, params, hidden_BTD, target_BT, temperature=1.0):
   """Nats and entropy of each target under the stream at its place: (logprob_BT, entropy_BT), float32."""
-  return chunked_logprobs(hidden_BTD, unembed_DV(params).astype(hidden_BTD.dtype), target_BT, temperature=temperature,
+  return chunked_logprobs(hidden_BTD, unembed_DV(params), target_BT, temperature=temperature,
                           tokens_per_chunk=model.config.tokens_per_chunk)
 
 

@@ -10,12 +10,15 @@ from rlhf_jax.maths.gae import gae
 
 
 def episodes(B=6, R=9, seed=0):
-  """Rewards and values of no special form; the first row is empty, the second has one slot, the third is full."""
+  """Rewards and values of no special form; the first row is empty, the second has one slot, the last has a hole."""
   rng = np.random.default_rng(seed)
   length_B = rng.integers(1, R + 1, B)
   length_B[:3] = 0, 1, R
   reward_BR, value_BR = rng.normal(.3, 1.1, (2, B, R)).astype(np.float32)
-  return reward_BR, value_BR, np.arange(R) < length_B[:, None], rng.normal(0, 2, B).astype(np.float32)
+  mask_BR = np.arange(R) < length_B[:, None]
+  mask_BR[-1] = True
+  mask_BR[-1, R // 3] = False
+  return reward_BR, value_BR, mask_BR, rng.normal(0, 2, B).astype(np.float32)
 
 
 def gae_by_loop(reward_BR, value_BR, mask_BR, discount, trace, bootstrap_B):
@@ -86,8 +89,8 @@ def test_padding_reaches_neither_value_nor_gradient(poison):
 
 
 def test_advantages_look_forward_only():
-  reward_BR, value_BR, mask_BR, _ = episodes(B=3, R=5)
-  advantage_R = lambda reward_R: gae(reward_R[None], value_BR[2:], mask_BR[2:], discount=.9, trace=.5)[0][0]
+  reward_BR, value_BR, mask_BR, _ = episodes(B=4, R=5)
+  advantage_R = lambda reward_R: gae(reward_R[None], value_BR[2:3], mask_BR[2:3], discount=.9, trace=.5)[0][0]
   jacobian = np.array(jax.jacobian(advantage_R)(reward_BR[2]))
   steps = np.arange(5)[None] - np.arange(5)[:, None]
   np.testing.assert_allclose(jacobian, np.where(steps >= 0, .45 ** np.maximum(steps, 0), 0), rtol=1e-5)

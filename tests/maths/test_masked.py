@@ -37,6 +37,7 @@ def test_means_of_bools_and_ints_are_float32():
   assert mean.dtype == jnp.float32
   np.testing.assert_allclose(mean, 2 / 3, rtol=1e-6)
   assert masked_mean(jnp.array([1, 2]), jnp.array([True, True])) == 1.5
+  assert float(masked_sum(jnp.ones(1001, jnp.bfloat16), jnp.ones(1001, bool))) == 1001  # bfloat16 would say 1000
 
 
 def test_a_mask_broadcasts_and_is_counted_in_full():

@@ -80,8 +80,8 @@ def test_frequencies_equal_probabilities(V):
   np.testing.assert_allclose(logprob_B, np.log(probability_V[np.array(token_B)]), rtol=1e-4, atol=1e-6)
   if (probability_V > 0).sum() > 1:
     assert abs(misfit(token_B, probability_V)) < 4
-    wrong_V = probability_V * np.linspace(.9, 1.1, V)
-    assert V < 37 or misfit(token_B, wrong_V / wrong_V.sum()) > 4    # the measure would see an error of a tenth
+    wrong_V = probability_V * np.linspace(.8, 1.2, V)
+    assert V < 37 or misfit(token_B, wrong_V / wrong_V.sum()) > 4    # the measure would see an error of a fifth
 
 
 @pytest.mark.parametrize('top_k, top_p', [(4, 1.), (0, .8), (9, .7)])
@@ -122,6 +122,16 @@ def test_no_token_of_zero_probability_is_ever_drawn(V):
       np.testing.assert_array_equal(token_B, np.argmax(weight_BV > 0, axis=-1))
     if uniform > 1:
       np.testing.assert_array_equal(token_B, V - 1 - np.argmax(weight_BV[:, ::-1] > 0, axis=-1))
+
+
+def test_a_cumulative_sum_that_is_not_monotone_does_no_harm(monkeypatch):
+  """A parallel sum may associate neighbouring slots differently; here it is off by far more than any rounding."""
+  exact = jnp.cumsum
+  wobble_V = .01 * np.random.default_rng(0).normal(0, 1, 400)
+  monkeypatch.setattr(jnp, 'cumsum', lambda x, axis: exact(x, axis=axis) + wobble_V[:x.shape[-1]].astype(np.float32))
+  weight_BV = np.tile(np.float32([0, 0, 1, 0, 0, 0, .5, 0]), (50, 5))
+  token_B = np.array(module._invert(weight_BV, jnp.linspace(0, 1, 50)))
+  assert (weight_BV[np.arange(50), token_B] > 0).all()
 
 
 def test_logits_far_apart():

@@ -1,0 +1,52 @@
+"""Imports point downward only, and devices are known to one file."""
+
+import ast
+import pathlib
+
+import pytest
+
+import rlhf_jax
+
+ROOT = pathlib.Path(rlhf_jax.__file__).parent
+FLOORS = [
+  ('errors', 'axes', 'records'),
+  ('maths',),
+  ('model',),
+  ('losses',),
+  ('optimizer', 'step', 'update', 'generate', 'experience', 'rewards'),
+  ('runners',),
+  ('data', 'checkpoint', 'metrics'),
+  ('config', 'handoff', 'stages', 'cli'),
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+FORBIDDEN = {'utils', 'util', 'common', 'helpers', 'helper', 'base', 'misc', 'registry', 'trainer'}
+FILES = sorted(path for path in ROOT.rglob('*.py') if path != ROOT / '__init__.py')
+
+
+def _part(path):
+  return path.relative_to(ROOT).parts[0].removesuffix('.py')
+
+
+def _imported(path):
+  """Names of the package's parts that a file imports, at the top or anywhere else in it."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.split('.')[0] == 'rlhf_jax':
+      inner = node.module.split('.')[1:]
+      yield from inner[:1] or [alias.name for alias in node.names]
+    elif isinstance(node, ast.Import):
+      yield from (alias.name.split('.')[1] for alias in node.names if alias.name.startswith('rlhf_jax.'))
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downward(path):
+  here = FLOOR[_part(path)]
+  for name in _imported(path):
+    assert FLOOR[name] <= here, f'{path.relative_to(ROOT)} (floor {here}) imports {name} (floor {FLOOR[name]})'
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_devices_are_known_to_the_runners_alone(path):
+  assert path.stem not in FORBIDDEN
+  if path.name != 'runners.py':
+    names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    assert not names & {'pmap', 'make_mesh', 'Mesh', 'set_mesh', 'shard_map', 'NamedSharding'}
