@@ -1,4 +1,4 @@
-"""Python reward functions: anything that maps (prompts, responses) to one number each, instead of a reward model or with it."""
+"""Python reward functions: whatever maps (prompts, responses) to one number each, instead of a reward model or with it."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -13,7 +13,7 @@ from rlhf_jax.model.heads import LanguageModel, ScalarModel, initial_params
 from rlhf_jax.records import Comparisons, Demonstrations, Experience, Prompts
 
 # Every size that a mesh axis cuts divides by 4, and no two letters have the same size by accident.
-CONFIG = ModelConfig(vocab_size=68, width=32, layers=2, query_heads=8, kv_heads=4, head_width=6, feedforward_width=44,
+CONFIG = ModelConfig(vocab_size=72, width=32, layers=2, query_heads=8, kv_heads=4, head_width=6, feedforward_width=44,
                      context_length=32)
 POLICY, SCALAR = LanguageModel(CONFIG), ScalarModel(CONFIG)
 B, T, R, C = 16, 13, 6, 3

@@ -1,8 +1,8 @@
 """Supervised fine-tuning: cross entropy on the tokens that an assistant wrote, and on no others."""
 
 from rlhf_jax.axes import check_axes
-from rlhf_jax.model import forward
 from rlhf_jax.maths.masked import masked_sum
+from rlhf_jax.model import forward
 from rlhf_jax.records import Mean
 
 

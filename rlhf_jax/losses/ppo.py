@@ -53,7 +53,7 @@ def policy_loss(logprob_BR, old_logprob_BR, advantage_BR, config):
 
 
 def value_loss(value_BR, old_value_BR, return_BR, config):
-  """Per token (loss, clipped): half the larger of the squared errors of the value and of the value clipped to its old one."""
+  """Per token (loss, clipped): half the larger squared error, of the value or of the value held near its old one."""
   free_BR = jnp.square(value_BR - return_BR)
   if config.value_clip is None:
     return 0.5 * free_BR, jnp.zeros_like(free_BR, bool)

@@ -67,7 +67,7 @@ class ScalarModel(nn.Module):
 
 
 def initial_params(model, key):
-  """Fresh float32 parameters of a LanguageModel or ScalarModel, a plain nested dict. Pure: works under jit and eval_shape."""
+  """Fresh float32 parameters of a LanguageModel or ScalarModel, a plain nested dict. Works under jit and eval_shape."""
   tokens_BT = jnp.zeros((1, 1), jnp.int32)
   return model.init(key, tokens_BT, tokens_BT, jnp.ones((1, 1, 1), bool))['params']
 

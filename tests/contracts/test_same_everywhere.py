@@ -111,7 +111,8 @@ def test_generate(where):
 
 
 def test_generate_does_not_depend_on_the_batch():
-  params, sampling, key = initial_params(POLICY, jax.random.key(3)), Sampling(new_tokens=6, end_tokens=(3,)), jax.random.key(1)
+  params, key = initial_params(POLICY, jax.random.key(3)), jax.random.key(1)
+  sampling = Sampling(new_tokens=6, end_tokens=(3,))
   together, few = prompts(), [2, 9, 4]
   apart = jax.tree.map(lambda x: x[np.array(few)], together)
   whole = generate(POLICY, params, together, key, sampling)

@@ -1,0 +1,153 @@
+"""Batches as a function of (seed, step): shuffled anew in every epoch, bucketed by length, or packed.
+
+A stage that resumes at step k asks for batch k and gets what it would have got. Rows of a batch have about one length: it
+is padded to the smallest of a few bucket lengths, so that a run compiles few programs. Grain reads ahead.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from rlhf_jax.data.text import pad_left, pad_right
+from rlhf_jax.errors import DataError
+from rlhf_jax.records import Comparisons, Demonstrations, Prompts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
+  """Endless batches of `rows`: `batches[step]`, or `batches.read(start, stop)` to iterate with read-ahead.
+
+  `collate(rows, length)` makes a record of rows padded to a length; `lengths[i]` is what row i needs. `part` is (this
+  process, processes): each makes its own slice of every batch.
+  """
+  rows: Sequence[Any]
+  lengths: Sequence[int]
+  collate: Callable[[list, int], Any]
+  batch_size: int
+  buckets: tuple[int, ...]
+  seed: int
+  part: tuple[int, int] = (0, 1)
+
+  def __post_init__(self):
+    if len(self.rows) < self.batch_size:
+      raise DataError(f'{len(self.rows)} examples do not fill one batch of {self.batch_size}. '
+                      'Use more data or a smaller batch size.')
+    if self.batch_size % self.part[1]:
+      raise DataError(f'a batch of {self.batch_size} does not divide over {self.part[1]} processes. '
+                      'Choose a batch size that is a multiple.')
+
+  @property
+  def per_epoch(self):
+    """Batches in one pass over the rows; what does not fill a batch waits for the next shuffle."""
+    return len(self.rows) // self.batch_size
+
+  def __getitem__(self, step):
+    epoch, number = divmod(step, self.per_epoch)
+    length, chosen = self._epoch(epoch)[number]
+    process, processes = self.part
+    share = self.batch_size // processes
+    mine = chosen[process * share:(process + 1) * share]
+    return self.collate([self.rows[i] for i in mine], length)
+
+  def read(self, start, stop):
+    """Batches start .. stop - 1, in order, prepared ahead by one thread."""
+    source = grain.MapDataset.range(start, stop).map(self.__getitem__)
+    return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+  @functools.lru_cache(maxsize=2)  # noqa: B019  a stage has one or two of these objects, and they live as long as it does
+  def _epoch(self, epoch):
+    """The batches of an epoch, (length, row numbers) each, in random order. What a bucket cannot fill goes to the next."""
+    rng = np.random.default_rng((self.seed, epoch))
+    order, made, waiting, shorter = rng.permutation(len(self.rows)), [], [], 0
+    needed = np.asarray(self.lengths)[order]
+    for longest in self.buckets:
+      waiting += list(order[(needed <= longest) & (needed > shorter)])
+      while len(waiting) >= self.batch_size:
+        made.append((longest, waiting[:self.batch_size]))
+        waiting = waiting[self.batch_size:]
+      shorter = longest
+    return [made[i] for i in rng.permutation(len(made))]
+
+
+def bucket_lengths(longest, count=3):
+  """A few lengths up to `longest`, each half of the next: (32, 64, 128)."""
+  return tuple(-(-longest // 2 ** i) for i in reversed(range(count)))
+
+
+def demonstration_batches(rows, *, batch_size, length, seed, packed=False, part=(0, 1)):
+  """Batches of Demonstrations: bucketed by length or, `packed`, several to a row of `length` tokens."""
+  if packed:
+    groups = pack(rows, length, seed)
+    return Batches(groups, [length] * len(groups), _packed, batch_size, (length,), seed, part)
+  lengths = [len(row.ids) for row in rows]
+  return Batches(rows, lengths, collate_demonstrations, batch_size, bucket_lengths(length), seed, part)
+
+
+def comparison_batches(rows, *, batch_size, length, seed, part=(0, 1)):
+  """Batches of Comparisons; prompts with fewer candidates than the most have missing ones."""
+  candidates = max(len(row.rows) for row in rows)
+  lengths = [max(len(candidate.ids) for candidate in row.rows) for row in rows]
+  collate = functools.partial(collate_comparisons, candidates=candidates)
+  return Batches(rows, lengths, collate, batch_size, bucket_lengths(length), seed, part)
+
+
+def prompt_batches(rows, *, batch_size, length, seed, part=(0, 1)):
+  """Batches of left-padded Prompts, all of one length; sample numbers count through the whole batch."""
+  first = part[0] * (batch_size // part[1])
+  collate = functools.partial(collate_prompts, first_sample=first)
+  return Batches(rows, [length] * len(rows), collate, batch_size, (length,), seed, part)
+
+
+def collate_demonstrations(rows, length):
+  """Rows, right-padded to `length`, as Demonstrations."""
+  tokens_BT, valid_BT = pad_right([row.ids for row in rows], length, 0)
+  mask_BT, _ = pad_right([row.mask for row in rows], length, 0)
+  return Demonstrations(tokens_BT.astype(np.int32), valid_BT, mask_BT.astype(bool))
+
+
+def collate_comparisons(rows, length, candidates):
+  """RankedRows, right-padded to `length` and to `candidates`, as Comparisons."""
+  B = len(rows)
+  tokens_BCT = np.zeros((B, candidates, length), np.int32)
+  valid_BCT, rank_BC = np.zeros((B, candidates, length), bool), np.full((B, candidates), -1, np.int32)
+  for b, row in enumerate(rows):
+    C = len(row.rows)
+    tokens_BCT[b, :C], valid_BCT[b, :C] = pad_right([candidate.ids for candidate in row.rows], length, 0)
+    rank_BC[b, :C] = row.ranks
+  return Comparisons(tokens_BCT, valid_BCT, rank_BC)
+
+
+def collate_prompts(rows, length, first_sample=0):
+  """Rows, left-padded to `length`, as Prompts."""
+  tokens_BP, valid_BP = pad_left([row.ids for row in rows], length, 0)
+  return Prompts(tokens_BP.astype(np.int32), valid_BP, np.arange(first_sample, first_sample + len(rows), dtype=np.int32))
+
+
+def pack(rows, length, seed, open_groups=32):
+  """Rows in groups whose ids fit into `length` together: first fit, in a random order that depends on the seed alone."""
+  done, groups = [], []
+  for i in np.random.default_rng((seed, len(rows))).permutation(len(rows)):
+    row = rows[i]
+    for group in groups:
+      if sum(len(member.ids) for member in group) + len(row.ids) <= length:
+        group.append(row)
+        break
+    else:
+      groups.append([row])
+      if len(groups) > open_groups:
+        done.append(groups.pop(0))
+  return done + groups
+
+
+def _packed(groups, length):
+  """Groups of rows end to end, numbered from 1 in `segment_BT`, as Demonstrations."""
+  ids = [[i for row in group for i in row.ids] for group in groups]
+  numbers = [[n for n, row in enumerate(group, 1) for _ in row.ids] for group in groups]
+  tokens_BT, valid_BT = pad_right(ids, length, 0)
+  mask_BT, _ = pad_right([[m for row in group for m in row.mask] for group in groups], length, 0)
+  segment_BT, _ = pad_right(numbers, length, 0)
+  return Demonstrations(tokens_BT.astype(np.int32), valid_BT, mask_BT.astype(bool), segment_BT.astype(np.int32))

@@ -1,0 +1,168 @@
+"""Text to tokens: tokenizers from a directory, a hub id or trained on the spot; chat templates; masks; padding.
+
+A prompt is what the template gives with the invitation to answer; a response is what follows it, up to the end token. The
+two are tokenized apart, as they are when a policy writes the response, so SFT, reward model and PPO see the same tokens.
+"""
+
+import pathlib
+import re
+
+import numpy as np
+
+from rlhf_jax.data.examples import Turn
+from rlhf_jax.errors import ConfigError, DataError
+
+# The transcript form of Anthropic's HH data, for tokenizers that bring no template of their own.
+TRANSCRIPT_TEMPLATE = (
+  "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '\n\nAssistant:' }}"
+  "{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}"
+  "{% else %}{{ '\n\n' + ('Human' if m['role'] == 'user' else 'System') + ': ' + m['content'] }}{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}")
+
+# One token a side, for tokenizers that we train.
+TURN_TEMPLATE = (
+  "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+  "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}"
+  "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+_SPECIAL = ('<|pad|>', '<|end|>', '<|system|>', '<|user|>', '<|assistant|>')
+
+
+def train_tokenizer(texts, vocab_size):
+  """A byte-level BPE of `vocab_size` tokens trained on texts, with pad, end and one token a role; a fast tokenizer."""
+  import tokenizers
+  import transformers
+  if vocab_size < 256 + len(_SPECIAL):
+    raise ConfigError(f'a byte-level tokenizer of {vocab_size} tokens. It needs at least {256 + len(_SPECIAL)}: '
+                      f'256 bytes and {len(_SPECIAL)} special tokens. Raise the vocabulary size of the model.')
+  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = tokenizers.decoders.ByteLevel()
+  bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size, special_tokens=list(_SPECIAL), show_progress=False,
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+  return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token='<|pad|>', eos_token='<|end|>',
+                                              chat_template=TURN_TEMPLATE, padding_side='left')
+
+
+def load_tokenizer(path):
+  """The tokenizer of a local directory or hub id; one without a chat template gets the transcript template.
+
+  Raises DataError where there is none, ConfigError where it has no end token. Without a pad token, padding is its end
+  token's id: harmless here, since padding is always masked and never trained on.
+  """
+  import transformers
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+  except (OSError, ValueError) as error:
+    raise DataError(f'no tokenizer at {str(path)!r}: {_first_line(error)} Pass a directory that holds tokenizer.json '
+                    'and tokenizer_config.json, or a hub id.') from error
+  if tokenizer.eos_token_id is None:
+    raise ConfigError(f'the tokenizer of {str(path)!r} has no end token, so no response could end. Set eos_token in its '
+                      'tokenizer_config.json.')
+  if tokenizer.chat_template is None:
+    tokenizer.chat_template = TRANSCRIPT_TEMPLATE
+  return tokenizer
+
+
+def pad_token(tokenizer):
+  """The id that fills unused slots: the tokenizer's pad token, or its end token where it has none."""
+  return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def check_vocabulary(tokenizer, **configs):
+  """Raises ConfigError where a model's vocabulary cannot hold the tokenizer's ids, or where two models' differ."""
+  largest = max(len(tokenizer), pad_token(tokenizer) + 1)
+  sizes = {name: config.vocab_size for name, config in configs.items()}
+  for name, size in sizes.items():
+    if size < largest:
+      raise ConfigError(f'the {name} model has a vocabulary of {size}, but the tokenizer has ids up to {largest - 1}. '
+                        f'Use a model with vocab_size >= {largest}, or the tokenizer that belongs to it.')
+  if len(set(sizes.values())) > 1:
+    raise ConfigError(f'models of one run must share a vocabulary, but {sizes}. They read and score the same token ids.')
+
+
+def check_tokens(tokens, vocab_size, what='tokens'):
+  """Raises DataError where an id lies outside the vocabulary; JAX would clamp it without a word."""
+  tokens = np.asarray(tokens)
+  bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
+  if bad.size:
+    raise DataError(f'{what} hold the id {bad[0]}, outside the vocabulary of {vocab_size} (ids 0 to {vocab_size - 1}). '
+                    'The tokenizer does not belong to this model.')
+
+
+def prompt_tokens(tokenizer, turns):
+  """Ids of a prompt, with the template's invitation to answer at the end."""
+  return _tokenize(tokenizer, _render(tokenizer, turns, invite=True))
+
+
+def dialogue_tokens(tokenizer, turns, response):
+  """(ids, mask) of a prompt with its response: the mask is True on every assistant turn, end tokens included.
+
+  The response is tokenized apart from the prompt, as a policy writes it, and ends with its first end token. Raises
+  DataError where the template renders the prompt differently once a response follows.
+  """
+  prompt = _render(tokenizer, turns, invite=True)
+  whole = _render(tokenizer, [*turns, Turn('assistant', response)])
+  if not whole.startswith(prompt):
+    raise DataError(f'the chat template renders the prompt {turns[-1].text[-60:]!r} differently once a response follows, so '
+                    'the policy would be trained on other text than it sees. Use a template that only appends.')
+  prompt_ids, end = _tokenize(tokenizer, prompt), tokenizer.eos_token_id
+  response_ids = _tokenize(tokenizer, whole[len(prompt):])
+  response_ids = response_ids[:response_ids.index(end)] if end in response_ids else response_ids
+  mask = _earlier_turns(tokenizer, turns, prompt, len(prompt_ids)) + [True] * (len(response_ids) + 1)
+  return prompt_ids + response_ids + [end], mask
+
+
+def response_text(tokenizer, ids):
+  """What the tokens of a response say: special tokens left out."""
+  return tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+
+def _render(tokenizer, turns, invite=False):
+  messages = [{'role': turn.role, 'content': turn.text} for turn in turns]
+  return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=invite)
+
+
+def _tokenize(tokenizer, text):
+  return tokenizer(text, add_special_tokens=False)['input_ids']
+
+
+def _earlier_turns(tokenizer, turns, prompt, count):
+  """Which of the `count` tokens of a rendered prompt the assistant wrote, in turns before the one asked for."""
+  written = [i for i, turn in enumerate(turns) if turn.role == 'assistant']
+  if not written:
+    return [False] * count
+  spans = [(len(_render(tokenizer, turns[:i], invite=True)), len(_render(tokenizer, turns[:i + 1]).rstrip()))
+           for i in written]
+  offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)['offset_mapping']
+  return [any(start <= first and last <= end for start, end in spans) for first, last in offsets]
+
+
+def pad_right(rows, length, value):
+  """Rows of different length as an array [len(rows), length], and which slots are real."""
+  return _padded(rows, length, value, left=False)
+
+
+def pad_left(rows, length, value):
+  """The same with the padding in front."""
+  return _padded(rows, length, value, left=True)
+
+
+def _padded(rows, length, value, left):
+  array, valid = np.full((len(rows), length), value), np.zeros((len(rows), length), bool)
+  for i, row in enumerate(rows):
+    where = slice(length - len(row), length) if left else slice(0, len(row))
+    array[i, where], valid[i, where] = row, True
+  return array, valid
+
+
+def _first_line(error):
+  return re.split(r'\n|(?<=\.)\s', str(error).strip())[0]
+
+
+def save_tokenizer(tokenizer, directory):
+  """The tokenizer's files beside an exported model."""
+  pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+  tokenizer.save_pretrained(directory)
