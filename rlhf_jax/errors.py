@@ -1,5 +1,7 @@
 """Errors that a caller can cause. Each message says what it is and what was got; what is needed; what to do."""
 
+import typing
+
 
 class RlhfJaxError(ValueError):
   """What every error of this package is, so that a program can catch them all by one name."""
@@ -23,3 +25,16 @@ class CheckpointError(RlhfJaxError):
 
 class ShardingError(RlhfJaxError):
   """Sizes that a mesh does not divide, or an array that no partition rule covers."""
+
+
+class DivergedError(RlhfJaxError):
+  """A loss, gradient or score that is not a finite number; training stops before it spoils a checkpoint."""
+
+
+def check_choices(config):
+  """Raises ConfigError for a field of a frozen dataclass whose value is not among those of its Literal type."""
+  for name, kind in typing.get_type_hints(type(config)).items():
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    if choices and getattr(config, name) not in choices:
+      raise ConfigError(f'{type(config).__name__} {name}={getattr(config, name)!r}. Choose one of: '
+                        f'{", ".join(map(repr, choices))}.')

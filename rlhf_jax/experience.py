@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.axes import check_axes
-from rlhf_jax.errors import ConfigError
+from rlhf_jax.errors import ConfigError, check_choices
 from rlhf_jax.maths import gae as advantages
 from rlhf_jax.maths import kl
 from rlhf_jax.maths.masked import masked_sum, whiten
@@ -36,6 +36,10 @@ class ExperienceConfig:
   bessel: bool = True  # divide variances by count - 1 (verl, TRL) or by count (OpenAI 2019, OpenRLHF)
 
   def __post_init__(self):
+    check_choices(self)
+    for name in ('kl_limit', 'score_limit'):
+      if getattr(self, name) is not None and getattr(self, name) <= 0:
+        raise ConfigError(f'{name}={getattr(self, name)}. It must be positive, or None for no limit.')
     for name in ('discount', 'trace'):
       if not 0 <= getattr(self, name) <= 1:
         raise ConfigError(f'{name}={getattr(self, name)}. It must be between 0 and 1.')

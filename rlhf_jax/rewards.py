@@ -22,7 +22,12 @@ def score_texts(functions: Mapping[str, tuple[RewardFunction, float]], prompts, 
 
 
 def _checked(name, scores, responses):
-  score_B = np.asarray(scores, dtype=np.float32)
+  try:
+    with np.errstate(over='ignore'):
+      score_B = np.asarray(scores, dtype=np.float64).astype(np.float32)
+  except (TypeError, ValueError) as error:
+    raise DataError(f'reward function {name!r} returned what is not a list of numbers ({error}). '
+                    'Return one number a response, in their order.') from error
   if score_B.shape != (len(responses),):
     raise DataError(f'reward function {name!r} returned shape {score_B.shape} for {len(responses)} responses. '
                     'Return one number a response, in their order.')

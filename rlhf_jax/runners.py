@@ -49,6 +49,12 @@ class Runner:
     """make(*args), a tree of 'params', born sharded: no device ever holds the whole of it."""
     return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, *args), 'params'))(*args)
 
+  def abstract(self, make, *args):
+    """Shapes, dtypes and shardings of make(*args), a tree of 'params', of which nothing is computed: to restore onto."""
+    shapes = jax.eval_shape(make, *args)
+    return jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+                        shapes, self.shardings(shapes, 'params'))
+
   def compile(self, fn, *, inputs: tuple[Kind, ...], outputs: tuple[Kind, ...] | Kind, donate: tuple[int, ...] = ()):
     """fn, compiled for this runner's devices. Arguments are placed where they are not yet; those of `donate` are given up.
 

@@ -11,9 +11,13 @@ import jax.numpy as jnp
 
 from rlhf_jax.axes import check_axes
 from rlhf_jax.errors import ConfigError
+from rlhf_jax.maths.kl import kl_k2
 from rlhf_jax.maths.masked import masked_sum
 from rlhf_jax.model import forward
 from rlhf_jax.records import Mean
+
+
+_EXPONENT_LIMIT = 80.0  # exp of more overflows float32, and the gradient would be NaN even where the ratio is clipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,8 @@ class PPOLossConfig:
   log_ratio_limit: float | None = None  # log-ratios are clamped to +- this before the exponential; None: not
 
   def __post_init__(self):
+    if self.log_ratio_limit is not None and self.log_ratio_limit <= 0:
+      raise ConfigError(f'PPO log_ratio_limit={self.log_ratio_limit}. It must be positive, or None for no clamp.')
     if self.clip <= 0:
       raise ConfigError(f'PPO clip={self.clip}. It must be positive, for example 0.2.')
     if self.value_clip is not None and self.value_clip <= 0:
@@ -41,8 +47,8 @@ def policy_loss(logprob_BR, old_logprob_BR, advantage_BR, config):
   With a dual clip c, the loss of a negative advantage is at most -c A (Ye et al. 2020, 1912.09729, eq. 5).
   """
   log_ratio_BR = logprob_BR - old_logprob_BR
-  if config.log_ratio_limit is not None:
-    log_ratio_BR = jnp.clip(log_ratio_BR, -config.log_ratio_limit, config.log_ratio_limit)
+  limit = _EXPONENT_LIMIT if config.log_ratio_limit is None else config.log_ratio_limit
+  log_ratio_BR = jnp.clip(log_ratio_BR, -limit, limit)
   ratio_BR = jnp.exp(log_ratio_BR)
   free_BR = -advantage_BR * ratio_BR
   held_BR = -advantage_BR * jnp.clip(ratio_BR, 1 - config.clip, 1 + config.clip)
@@ -65,8 +71,11 @@ def value_loss(value_BR, old_value_BR, return_BR, config):
 def ppo(policy, value, config, *, temperature=1.0):
   """PPO loss of params {'policy', 'value'}. Batch: Experience. Weight: one per response token.
 
-  `params['value']` without a backbone is a second head on the policy's trunk. `temperature` must be the sampling one.
+  `params['value']` without a backbone is a second head on the policy's trunk. `temperature` must be the sampling one. The
+  metric 'kl_k2' is of this policy to the one that answered, nats per token.
   """
+  if temperature <= 0:
+    raise ConfigError(f'PPO at temperature={temperature}. It must be positive: greedy answers have no probability.')
   def loss_fn(params, batch, key):
     del key                                                                     # there is no dropout
     sizes = check_axes(tokens_BT=batch.tokens_BT, valid_BT=batch.valid_BT, mask_BR=batch.mask_BR,
@@ -75,17 +84,20 @@ def ppo(policy, value, config, *, temperature=1.0):
     logprob_BR, entropy_BR, value_BT = forward.policy_and_value(
       policy, value, params, batch.tokens_BT, batch.valid_BT, start=start, temperature=temperature)
     value_BR = value_BT[:, start - 1:-1]
-    policy_BR, ratio_BR, clipped_BR = policy_loss(logprob_BR, batch.logprob_BR, batch.advantage_BR, config)
-    error_BR, value_clipped_BR = value_loss(value_BR, batch.value_BR, batch.return_BR, config)
+    # Slots that do not count are made harmless before the losses: behind them, an infinity would turn gradients to NaN.
+    old_logprob_BR = jnp.where(batch.mask_BR, batch.logprob_BR, jax.lax.stop_gradient(logprob_BR))
+    advantage_BR = jnp.where(batch.mask_BR, batch.advantage_BR, 0.0)
+    old_value_BR, return_BR = (jnp.where(batch.value_mask_BR, x_BR, 0.0) for x_BR in (batch.value_BR, batch.return_BR))
+    policy_BR, ratio_BR, clipped_BR = policy_loss(logprob_BR, old_logprob_BR, advantage_BR, config)
+    error_BR, value_clipped_BR = value_loss(value_BR, old_value_BR, return_BR, config)
 
     weight = batch.mask_BR.sum(dtype=jnp.float32)
     mean = lambda x_BR: Mean(masked_sum(x_BR.astype(jnp.float32), batch.mask_BR), weight)
     policy_mean, entropy = mean(policy_BR), mean(entropy_BR)
     value_mean = Mean(masked_sum(error_BR, batch.value_mask_BR), weight)
     total = policy_mean.total + config.value_weight * value_mean.total - config.entropy_weight * entropy.total
-    log_ratio_BR = logprob_BR - batch.logprob_BR
     metrics = {'policy_loss': policy_mean, 'value_loss': value_mean, 'entropy': entropy, 'ratio': mean(ratio_BR),
                'clip_fraction': mean(clipped_BR), 'value_clip_fraction': mean(value_clipped_BR),
-               'approximate_kl': mean(0.5 * jnp.square(log_ratio_BR))}
+               'kl_k2': mean(kl_k2(logprob_BR, old_logprob_BR))}
     return Mean(total, weight), jax.lax.stop_gradient(metrics)
   return loss_fn

@@ -25,10 +25,12 @@ def bradley_terry(score_BC, rank_BC, margin_BCC=None):
   mean (0 for a prompt without a pair), the number of pairs, and of those the number that the scores order rightly.
   """
   check_axes(score_BC=score_BC, rank_BC=rank_BC, margin_BCC=margin_BCC)
+  score_BC = jnp.where(rank_BC >= 0, score_BC, 0.0)
   beats_BCC = beats(rank_BC)
   gap_BCC = score_BC[:, :, None] - score_BC[:, None, :]
   shifted_BCC = gap_BCC if margin_BCC is None else gap_BCC - margin_BCC
   pairs_B = beats_BCC.sum((1, 2), dtype=jnp.float32)
+  shifted_BCC = jnp.where(beats_BCC, shifted_BCC, 0.0)                          # what does not count leaves no NaN behind
   nats_B = jnp.where(beats_BCC, -jax.nn.log_sigmoid(shifted_BCC), 0.0).sum((1, 2)) / jnp.maximum(pairs_B, 1)
   correct_B = ((gap_BCC > 0) & beats_BCC).sum((1, 2), dtype=jnp.float32)
   return nats_B, pairs_B, correct_B
@@ -44,8 +46,8 @@ def candidate_scores(model, params, batch):
 def ranking(model, centring_weight=0.0):
   """Bradley-Terry loss of a ScalarModel on ranked responses. Batch: Comparisons. Weight: one per prompt with a pair.
 
-  `centring_weight` times the mean squared score of a prompt's candidates keeps scores near 0 (Eisenstein et al. 2023,
-  2312.09244, section 2). The head's bias is left alone: no ranking depends on it, normalisation sets it.
+  `centring_weight` times the square of twice the mean score of a prompt's candidates, (r_chosen + r_rejected)^2 for a pair,
+  keeps scores near 0 (Eisenstein et al. 2023, 2312.09244). The head's bias is left alone: no ranking depends on it, normalisation sets it.
   """
   def loss_fn(params, batch, key):
     del key                                                                     # there is no dropout
@@ -54,9 +56,9 @@ def ranking(model, centring_weight=0.0):
     score_BC = candidate_scores(model, params | {'scalar': scalar}, batch)
     nats_B, pairs_B, correct_B = bradley_terry(score_BC, batch.rank_BC, batch.margin_BCC)
     present_BC = batch.rank_BC >= 0
-    square_B = jnp.where(present_BC, jnp.square(score_BC), 0).sum(1) / jnp.maximum(present_BC.sum(1), 1)
+    mean_B = jnp.where(present_BC, score_BC, 0).sum(1) / jnp.maximum(present_BC.sum(1), 1)
     counted_B = pairs_B > 0
-    total = jnp.where(counted_B, nats_B + centring_weight * square_B, 0).sum()
+    total = jnp.where(counted_B, nats_B + centring_weight * jnp.square(2 * mean_B), 0).sum()
     weight = counted_B.sum(dtype=jnp.float32)
     return Mean(total, weight), {
       'nats': Mean(nats_B.sum(), weight),

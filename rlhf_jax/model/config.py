@@ -7,7 +7,7 @@ import dataclasses
 from typing import Literal
 
 from rlhf_jax.axes import axes_of
-from rlhf_jax.errors import ConfigError
+from rlhf_jax.errors import ConfigError, check_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,7 @@ class ModelConfig:
   tokens_per_chunk: int = 1024  # tokens unembedded at once when log-probabilities are taken
 
   def __post_init__(self):
+    check_choices(self)
     for name in ('vocab_size', 'width', 'layers', 'query_heads', 'kv_heads', 'head_width', 'feedforward_width',
                  'context_length', 'tokens_per_chunk'):
       if getattr(self, name) < 1:

@@ -1,0 +1,198 @@
+"""An experiment as data: frozen dataclasses whose fields are the flags of the command line.
+
+A field's trailing comment is its help text. `to_json` writes a run's config down, `differences` says what a later command
+changed, `override` applies dotted settings as the command line would.
+"""
+
+import dataclasses
+import difflib
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Annotated, Literal
+
+import tyro
+
+from rlhf_jax.data.encode import Limits
+from rlhf_jax.errors import ConfigError
+from rlhf_jax.experience import ExperienceConfig
+from rlhf_jax.losses.ppo import PPOLossConfig
+from rlhf_jax.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Which devices the run uses, and how."""
+  runner: Literal['single', 'pmap', 'sharded'] = 'single'  # one device; copies on all; parameters cut over a mesh
+  data: int | None = None  # sharded: ways to split the batch; None takes what fsdp and tensor leave
+  fsdp: int = 1  # sharded: ways to cut parameters along the model width, the batch too
+  tensor: int = 1  # sharded: ways to cut heads, feed-forward and vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where examples come from, and which are used."""
+  path: str = ''  # jsonl, parquet, a folder, tfds:NAME or a hub id; experiments with data of their own ignore it
+  skip_bad_rows: bool = False  # count and skip rows that cannot be used, instead of stopping at the first
+  held_out_share: float = 0.05  # of the prompts, kept for evaluation where the data has no test split
+  max_examples: int | None = None  # use only the first so many
+  limits: Limits = Limits()  # lengths in tokens
+
+  def __post_init__(self):
+    if not 0 < self.held_out_share < 1:
+      raise ConfigError(f'data held_out_share={self.held_out_share}. It must lie between 0 and 1, for example 0.05.')
+
+
+def _positive(config, *names):
+  for name in names:
+    if getattr(config, name) < 1:
+      raise ConfigError(f'{type(config).__name__} {name}={getattr(config, name)}. It must be at least 1.')
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+  """Supervised fine-tuning."""
+  steps: int = 300  # updates
+  batch_size: int = 32  # sequences an update
+  microbatches: int = 1  # pieces that a batch is computed in: same update, less memory
+  packed: bool = False  # several short demonstrations to a row
+  optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, schedule='cosine', warmup_steps=20)
+  evaluate_every: int = 100  # updates between held-out evaluations
+  checkpoint_every: int = 100  # updates between checkpoints
+
+  def __post_init__(self):
+    _positive(self, 'steps', 'batch_size', 'microbatches', 'evaluate_every', 'checkpoint_every')
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+  """Reward-model training."""
+  steps: int = 300  # updates
+  batch_size: int = 32  # prompts an update, with all their ranked responses
+  microbatches: int = 1  # pieces that a batch is computed in
+  centring_weight: float = 0.0  # of the squared score in the loss, keeps scores near 0
+  normalise: bool = True  # after training: mean 0 and standard deviation 1 over the training responses, in the parameters
+  optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, schedule='cosine', warmup_steps=20)
+  evaluate_every: int = 100  # updates between held-out evaluations
+  checkpoint_every: int = 100  # updates between checkpoints
+
+  def __post_init__(self):
+    _positive(self, 'steps', 'batch_size', 'microbatches', 'evaluate_every', 'checkpoint_every')
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+  """Proximal policy optimisation against the reward model."""
+  iterations: int = 60  # rounds of answering and learning
+  batch_size: int = 64  # prompts answered in an iteration
+  epochs: int = 4  # passes over an iteration's answers
+  minibatches: int = 1  # updates in a pass
+  microbatches: int = 1  # pieces that a minibatch is computed in
+  temperature: float = 1.0  # of sampling; log-probabilities are taken at it everywhere
+  shared_trunk: bool = False  # value as a second head on the policy, instead of a network of its own
+  kl_weight: float = 0.05  # reward lost for each nat that the policy moves from the SFT model
+  kl_target_nats_per_sequence: float | None = None  # adapts kl_weight to hold this KL (OpenAI 2019: 6); None: fixed
+  kl_horizon_episodes: int = 10000  # adaptive: the slower, the larger
+  kl_stop_nats_per_sequence: float | None = None  # ends training before an update that starts beyond this KL
+  reward_model_weight: float = 1.0  # of the reward model beside Python reward functions
+  loss: PPOLossConfig = PPOLossConfig()
+  experience: ExperienceConfig = ExperienceConfig()
+  optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, schedule='linear', epsilon=1e-5)
+  samples_every: int = 10  # iterations between samples of text
+  checkpoint_every: int = 10  # iterations between checkpoints
+
+  def __post_init__(self):
+    _positive(self, 'iterations', 'batch_size', 'epochs', 'minibatches', 'microbatches', 'samples_every',
+              'checkpoint_every')
+    if self.temperature <= 0:
+      raise ConfigError(f'PPO temperature={self.temperature}. It must be positive: greedy answers have no probability.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """One run: SFT, reward model and PPO, in that order."""
+  seed: int = 0  # all chance and all data order follow from it
+  preset: str = 'nano'  # model from scratch, by name (rlhf_jax.model.config.PRESETS)
+  pretrained: str | None = None  # Hugging Face directory or hub id to start from, instead of the preset
+  reward_preset: str | None = None  # a reward model of another size, from scratch; None: on the SFT model's backbone
+  dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and products
+  remat: bool = False  # recompute blocks in the backward pass: less memory, more work
+  mesh: MeshConfig = MeshConfig()
+  data: DataConfig = DataConfig()
+  sft: SFTConfig = SFTConfig()
+  reward: RewardConfig = RewardConfig()
+  ppo: PPOConfig = PPOConfig()
+  tensorboard: bool = True  # write event files beside metrics.jsonl
+  wandb: str | None = None  # Weights & Biases project to log to; needs the extra `wandb`
+
+
+def to_json(config):
+  """The config as plain JSON values."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(old, new, prefix=''):
+  """Dotted names of the fields in which two JSON configs differ, with both values: ['ppo.kl_weight: 0.05 -> 0.1']."""
+  found = []
+  for name in sorted(set(old) | set(new)):
+    a, b = old.get(name, '(absent)'), new.get(name, '(absent)')
+    if isinstance(a, dict) and isinstance(b, dict):
+      found += differences(a, b, f'{prefix}{name}.')
+    elif a != b:
+      found.append(f'{prefix}{name}: {a} -> {b}')
+  return found
+
+
+def fields(config, prefix=''):
+  """Dotted names of all settings of a config."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from fields(value, f'{prefix}{field.name}.')
+    else:
+      yield f'{prefix}{field.name}'
+
+
+def override(config, settings):
+  """The config with dotted settings applied ({'ppo.kl_weight': '0.1'}), each read as its flag would be.
+
+  Raises ConfigError that names the setting, and the nearest name for an unknown one.
+  """
+  known = list(fields(config))
+  for name, value in settings.items():
+    if name.replace('-', '_') not in known:
+      near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+      raise ConfigError(f'there is no setting {name!r}.' + (f' Did you mean {" or ".join(near)}?' if near else
+                        f' Known: {", ".join(known)}.'))
+    config = _set(config, name.replace('-', '_'), str(value))
+  return config
+
+
+def _set(config, name, value):
+  head, _, rest = name.partition('.')
+  if rest:
+    return dataclasses.replace(config, **{head: _set(getattr(config, head), rest, value)})
+  if isinstance(getattr(config, head), bool):
+    if value not in ('True', 'False', 'true', 'false'):
+      raise ConfigError(f'{name}={value!r} is not a truth value. Write True or False.')
+    return dataclasses.replace(config, **{head: value.lower() == 'true'})
+  said = io.StringIO()
+  try:
+    with redirect_stdout(said), redirect_stderr(said):
+      return tyro.cli(type(config), default=config, args=[f'--{head}', *value.split()])
+  except SystemExit:
+    hint = next((field.type for field in dataclasses.fields(config) if field.name == head), '')
+    raise ConfigError(f'{name}={value!r} is not a {hint}.') from None
+
+
+def parse(default, command, description, args=None):
+  """(experiment, command) from command-line flags, where every field is `--a.b value`; prints help and exits as CLIs do.
+
+  `default` is an Experiment or a subclass of it, `command` a dataclass whose fields are flags that do not belong to the
+  experiment's identity, such as where to write.
+  """
+  unprefixed = lambda value: (Annotated[type(value), tyro.conf.arg(name='')], dataclasses.field(default=value))
+  both = dataclasses.make_dataclass('Flags', [('command', *unprefixed(command)), ('experiment', *unprefixed(default))],
+                                    frozen=True)
+  parsed = tyro.cli(both, description=description, args=args)
+  return parsed.experiment, parsed.command

@@ -1,0 +1,107 @@
+"""The host loop that SFT and reward model share: batches in, updates, metrics, evaluations and checkpoints out.
+
+It resumes from the newest checkpoint, and goes on exactly as if it had never stopped: batches and keys are functions of
+(seed, step), the checkpoint holds the rest.
+"""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.errors import DivergedError
+from rlhf_jax.metrics import MetricsLog, Progress, values
+from rlhf_jax.optimizer import make_optimizer
+from rlhf_jax.step import init_state, make_eval_step, make_train_step
+
+
+def descend(run, name, config, *, loss_fn, make_params, batches, held_out):
+  """Parameters after config.steps updates, and the metrics of the last evaluation; the stage's last checkpoint is not yet saved.
+
+  `batches` is a `Batches`; `held_out` a list of batches to evaluate on, before the first update and every
+  config.evaluate_every. Returns (state, evaluation).
+  """
+  runner, key = run.runner, jax.random.key(run.experiment.seed)
+  optimizer = make_optimizer(dataclasses.replace(config.optimizer, total_steps=config.steps))
+  make = lambda: init_state(make_params(), optimizer)
+  step = runner.compile(make_train_step(loss_fn, optimizer, axis_name=runner.axis_name, microbatches=config.microbatches),
+                        inputs=('params', 'batch', 'same'), outputs=('params', 'same'), donate=(0,))
+  evaluate = _evaluation(runner, loss_fn, held_out)
+  log_to = lambda: MetricsLog(run.stage(name), tensorboard=run.experiment.tensorboard, wandb=run.experiment.wandb)
+  with Checkpoints(run.checkpoints(name)) as checkpoints, log_to() as log:
+    start = checkpoints.latest()
+    if start is None:
+      state, start = runner.place(make(), 'params'), 0
+      log.truncate_after(-1)
+      measured = evaluate(state.params)
+      log.write(0, _prefixed(measured), wall_s=0.0)
+    else:
+      state, meta = checkpoints.restore(runner.abstract(make))
+      start, measured = int(state.step), meta['evaluation']
+      log.truncate_after(start)
+    began, unchecked = time.monotonic(), None
+    with Progress(name, total=config.steps, start=start) as progress:
+      for number, batch in enumerate(batches.read(start, config.steps), start):
+        state, metrics = step(state, batch, jax.random.fold_in(key, number))
+        unchecked = _check(run, name, log, progress, unchecked, began)           # of the update before: this one still runs
+        unchecked = number + 1, metrics, batch
+        done = number + 1
+        if done % config.evaluate_every == 0 or done == config.steps:
+          unchecked = _check(run, name, log, progress, unchecked, began)
+          measured = evaluate(state.params)
+          log.write(done, _prefixed(measured), wall_s=time.monotonic() - began)
+          progress.note(f'{name} {done}: held-out ' + '  '.join(f'{k} {v:.4g}' for k, v in measured.items()))
+        if done % config.checkpoint_every == 0 and done < config.steps:
+          unchecked = _check(run, name, log, progress, unchecked, began)
+          checkpoints.save(done, state, {'finished': False, 'evaluation': measured})
+    return state, measured
+
+
+def save_final(run, name, state, measured, **more):
+  """The stage's last checkpoint: what the next stage starts from, and the sign that this one is finished."""
+  with Checkpoints(run.checkpoints(name)) as checkpoints:
+    checkpoints.save(int(state.step), state, {'finished': True, 'evaluation': measured, **more})
+
+
+def _evaluation(runner, loss_fn, held_out):
+  measure = runner.compile(make_eval_step(loss_fn, axis_name=runner.axis_name),
+                           inputs=('params', 'batch', 'same'), outputs='same')
+
+  def evaluate(params):
+    sums = None
+    for batch in held_out:
+      metrics = runner.fetch(measure(params, batch, jax.random.key(0)))
+      sums = metrics if sums is None else {name: sums[name] + metrics[name] for name in sums}
+    return values(sums or {})
+  return evaluate
+
+
+def _prefixed(measured):
+  return {f'held_out/{name}': value for name, value in measured.items()}
+
+
+def _check(run, name, log, progress, unchecked, began):
+  """Writes an update's metrics once they are known; raises DivergedError if they are not finite, keeping the batch."""
+  if unchecked is None:
+    return None
+  step, metrics, batch = unchecked
+  known = values(run.runner.fetch(metrics))
+  check_finite(run.stage(name), step, known, batch)
+  seconds = time.monotonic() - began
+  log.write(step, known, wall_s=seconds)
+  progress.update(step, {'loss': known['loss']} | {k: known[k] for k in ('accuracy',) if k in known})
+  return None
+
+
+def check_finite(directory, step, known, batch):
+  """Raises DivergedError where loss or gradient is not finite, and keeps the batch for inspection."""
+  bad = [name for name in ('loss', 'gradient_norm', 'score') if not np.isfinite(known.get(name, 0.0))]
+  if not bad:
+    return
+  path = directory / f'bad_batch_{step}.npz'
+  fields = jax.device_get({field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)})
+  np.savez(path, **{name: value for name, value in fields.items() if value is not None})
+  raise DivergedError(f'{directory.name} step {step}: {bad[0]} is {known[bad[0]]}. Its batch is in {path}; the last checkpoint '
+                      'is untouched. Lower the learning rate or clip_norm, or look at the batch.')

@@ -1,0 +1,50 @@
+"""What an experiment brings to the stages (`Task`), and what the stages share (`Run`)."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlhf_jax.config import Experiment
+from rlhf_jax.data.examples import Example
+from rlhf_jax.model.heads import LanguageModel, ScalarModel
+from rlhf_jax.runners import Runner
+
+Split = tuple[list[Example], list[Example]]  # to train on, held out
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Data and measures of an experiment.
+
+  `comparisons` is called with answer(prompts, samples) -> texts per prompt, which samples from the SFT policy: a world
+  whose labellers rank the policy's own answers needs it, recorded rankings do not. `judge(prompts, responses)` measures
+  answers beside the reward model, by name. `reward_functions` maps names to (function, weight).
+  """
+  demonstrations: Split
+  comparisons: Callable[[Callable], Split]
+  prompts: Split
+  judge: Callable[[list[str], list[str]], dict[str, float]] | None = None
+  reward_functions: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+  ceiling: Callable[[list[Example]], float] | None = None  # reward accuracy that the labellers' noise allows
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run of an experiment on its devices. Value and reward model share a config; `reward` is also the value's module."""
+  experiment: Experiment
+  task: Task
+  tokenizer: Any
+  runner: Runner
+  directory: pathlib.Path
+  policy: LanguageModel
+  reward: ScalarModel
+  pretrained: dict | None = None  # parameters to start SFT from, in place of fresh ones
+
+  def stage(self, name):
+    """Where the stage of that name writes."""
+    return self.directory / name
+
+  def checkpoints(self, name):
+    """Where the stage of that name keeps its checkpoints."""
+    return self.directory / name / 'checkpoints'
