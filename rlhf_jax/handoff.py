@@ -1,7 +1,7 @@
 """Which parameters a stage inherits. Models are plain dicts, so a handoff is dict arithmetic.
 
     reward.backbone <- sft.backbone        reward.scalar <- fresh
-    policy, reference <- sft               value <- reward, or sft.backbone with a head of zeros where there is no reward model
+    policy, reference <- sft               value <- reward, or a head of zeros on sft.backbone where there is no reward
 """
 
 import jax.numpy as jnp

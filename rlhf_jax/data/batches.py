@@ -151,3 +151,9 @@ def _packed(groups, length):
   mask_BT, _ = pad_right([[m for row in group for m in row.mask] for group in groups], length, 0)
   segment_BT, _ = pad_right(numbers, length, 0)
   return Demonstrations(tokens_BT.astype(np.int32), valid_BT, mask_BT.astype(bool), segment_BT.astype(np.int32))
+
+
+def in_order(rows, batch_size, blank, collate):
+  """All rows in their order, in batches of one shape; the last is filled up with `blank` rows, which weigh nothing."""
+  filled = list(rows) + [blank] * (-len(rows) % batch_size)
+  return [collate(filled[start:start + batch_size]) for start in range(0, len(filled), batch_size)]

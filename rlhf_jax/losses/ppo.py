@@ -16,7 +16,6 @@ from rlhf_jax.maths.masked import masked_sum
 from rlhf_jax.model import forward
 from rlhf_jax.records import Mean
 
-
 _EXPONENT_LIMIT = 80.0  # exp of more overflows float32, and the gradient would be NaN even where the ratio is clipped
 
 

@@ -30,7 +30,7 @@ def bradley_terry(score_BC, rank_BC, margin_BCC=None):
   gap_BCC = score_BC[:, :, None] - score_BC[:, None, :]
   shifted_BCC = gap_BCC if margin_BCC is None else gap_BCC - margin_BCC
   pairs_B = beats_BCC.sum((1, 2), dtype=jnp.float32)
-  shifted_BCC = jnp.where(beats_BCC, shifted_BCC, 0.0)                          # what does not count leaves no NaN behind
+  shifted_BCC = jnp.where(beats_BCC, shifted_BCC, 0.0)                          # what does not count leaves no NaN
   nats_B = jnp.where(beats_BCC, -jax.nn.log_sigmoid(shifted_BCC), 0.0).sum((1, 2)) / jnp.maximum(pairs_B, 1)
   correct_B = ((gap_BCC > 0) & beats_BCC).sum((1, 2), dtype=jnp.float32)
   return nats_B, pairs_B, correct_B
@@ -46,8 +46,9 @@ def candidate_scores(model, params, batch):
 def ranking(model, centring_weight=0.0):
   """Bradley-Terry loss of a ScalarModel on ranked responses. Batch: Comparisons. Weight: one per prompt with a pair.
 
-  `centring_weight` times the square of twice the mean score of a prompt's candidates, (r_chosen + r_rejected)^2 for a pair,
-  keeps scores near 0 (Eisenstein et al. 2023, 2312.09244). The head's bias is left alone: no ranking depends on it, normalisation sets it.
+  `centring_weight` times the square of twice the mean score of a prompt's candidates, (r_chosen + r_rejected)^2 for a
+  pair, keeps scores near 0 (Eisenstein et al. 2023, 2312.09244). The head's bias is left alone: no ranking depends on
+  it, normalisation sets it.
   """
   def loss_fn(params, batch, key):
     del key                                                                     # there is no dropout

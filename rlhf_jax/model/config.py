@@ -109,7 +109,7 @@ _QWEN2 = {'family': 'qwen2', 'qkv_bias': True, 'rope_base': 1e6, 'norm_epsilon':
 _QWEN3 = {'family': 'qwen3', 'qk_norm': True, 'rope_base': 1e6, 'norm_epsilon': 1e-6, 'head_width': 128}
 
 PRESETS = {
-  'nano': _llama(512, 64, 2, 4, 2, 128, 512),
+  'nano': _llama(640, 64, 2, 4, 2, 128, 512),
   'tiny': _llama(2048, 128, 3, 4, 2, 352, 1024),
   'small': _llama(4096, 256, 4, 4, 4, 688, 1024),
   'medium': _llama(16384, 512, 8, 8, 4, 1376, 2048),

@@ -25,7 +25,7 @@ def compile_answer(run):
 
 
 def rollouts(run, answer, params, rows, key, samples=1):
-  """Rollouts of `samples` answers to each of the encoded prompts, with how many of their rows count (the last is filled up)."""
+  """Rollouts of `samples` answers to each encoded prompt, each with how many of its rows count: the last is filled up."""
   B, limits = run.experiment.ppo.batch_size, run.experiment.data.limits
   wanted = [row for row in rows for _ in range(samples)]
   for start in range(0, len(wanted), B):

@@ -12,13 +12,13 @@ import numpy as np
 
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.errors import DivergedError
-from rlhf_jax.metrics import MetricsLog, Progress, values
+from rlhf_jax.metrics import Progress, values
 from rlhf_jax.optimizer import make_optimizer
 from rlhf_jax.step import init_state, make_eval_step, make_train_step
 
 
 def descend(run, name, config, *, loss_fn, make_params, batches, held_out):
-  """Parameters after config.steps updates, and the metrics of the last evaluation; the stage's last checkpoint is not yet saved.
+  """State after config.steps updates, and the last evaluation; the stage's last checkpoint is left to `save_final`.
 
   `batches` is a `Batches`; `held_out` a list of batches to evaluate on, before the first update and every
   config.evaluate_every. Returns (state, evaluation).
@@ -29,8 +29,7 @@ def descend(run, name, config, *, loss_fn, make_params, batches, held_out):
   step = runner.compile(make_train_step(loss_fn, optimizer, axis_name=runner.axis_name, microbatches=config.microbatches),
                         inputs=('params', 'batch', 'same'), outputs=('params', 'same'), donate=(0,))
   evaluate = _evaluation(runner, loss_fn, held_out)
-  log_to = lambda: MetricsLog(run.stage(name), tensorboard=run.experiment.tensorboard, wandb=run.experiment.wandb)
-  with Checkpoints(run.checkpoints(name)) as checkpoints, log_to() as log:
+  with Checkpoints(run.checkpoints(name)) as checkpoints, run.log(name) as log:
     start = checkpoints.latest()
     if start is None:
       state, start = runner.place(make(), 'params'), 0
@@ -45,16 +44,18 @@ def descend(run, name, config, *, loss_fn, make_params, batches, held_out):
     with Progress(name, total=config.steps, start=start) as progress:
       for number, batch in enumerate(batches.read(start, config.steps), start):
         state, metrics = step(state, batch, jax.random.fold_in(key, number))
-        unchecked = _check(run, name, log, progress, unchecked, began)           # of the update before: this one still runs
-        unchecked = number + 1, metrics, batch
+        _check(run, name, log, progress, unchecked, began)                      # the update before; this one still runs
         done = number + 1
-        if done % config.evaluate_every == 0 or done == config.steps:
-          unchecked = _check(run, name, log, progress, unchecked, began)
+        unchecked = done, metrics, batch
+        last, evaluates, saves = done == config.steps, done % config.evaluate_every == 0, done % config.checkpoint_every == 0
+        if last or evaluates or saves:
+          _check(run, name, log, progress, unchecked, began)
+          unchecked = None
+        if last or evaluates:
           measured = evaluate(state.params)
           log.write(done, _prefixed(measured), wall_s=time.monotonic() - began)
           progress.note(f'{name} {done}: held-out ' + '  '.join(f'{k} {v:.4g}' for k, v in measured.items()))
-        if done % config.checkpoint_every == 0 and done < config.steps:
-          unchecked = _check(run, name, log, progress, unchecked, began)
+        if saves and not last:
           checkpoints.save(done, state, {'finished': False, 'evaluation': measured})
     return state, measured
 
@@ -85,14 +86,13 @@ def _prefixed(measured):
 def _check(run, name, log, progress, unchecked, began):
   """Writes an update's metrics once they are known; raises DivergedError if they are not finite, keeping the batch."""
   if unchecked is None:
-    return None
+    return
   step, metrics, batch = unchecked
   known = values(run.runner.fetch(metrics))
   check_finite(run.stage(name), step, known, batch)
   seconds = time.monotonic() - began
   log.write(step, known, wall_s=seconds)
   progress.update(step, {'loss': known['loss']} | {k: known[k] for k in ('accuracy',) if k in known})
-  return None
 
 
 def check_finite(directory, step, known, batch):
@@ -103,5 +103,5 @@ def check_finite(directory, step, known, batch):
   path = directory / f'bad_batch_{step}.npz'
   fields = jax.device_get({field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)})
   np.savez(path, **{name: value for name, value in fields.items() if value is not None})
-  raise DivergedError(f'{directory.name} step {step}: {bad[0]} is {known[bad[0]]}. Its batch is in {path}; the last checkpoint '
-                      'is untouched. Lower the learning rate or clip_norm, or look at the batch.')
+  raise DivergedError(f'{directory.name} step {step}: {bad[0]} is {known[bad[0]]}. Its batch is in {path}; the last '
+                      'checkpoint is untouched. Lower the learning rate or clip_norm, or look at the batch.')

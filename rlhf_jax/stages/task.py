@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.examples import Example
+from rlhf_jax.metrics import MetricsLog
 from rlhf_jax.model.heads import LanguageModel, ScalarModel
 from rlhf_jax.runners import Runner
 
@@ -48,3 +49,9 @@ class Run:
   def checkpoints(self, name):
     """Where the stage of that name keeps its checkpoints."""
     return self.directory / name / 'checkpoints'
+
+  def log(self, name):
+    """The metrics log of the stage of that name."""
+    wandb = None if self.experiment.wandb is None else {'project': self.experiment.wandb, 'group': self.directory.name,
+                                                        'name': f'{self.directory.name}/{name}'}
+    return MetricsLog(self.stage(name), tensorboard=self.experiment.tensorboard, wandb=wandb)

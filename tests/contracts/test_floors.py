@@ -16,7 +16,7 @@ FLOORS = [
   ('optimizer', 'step', 'update', 'generate', 'experience', 'rewards'),
   ('runners',),
   ('data', 'checkpoint', 'metrics'),
-  ('config', 'handoff', 'stages', 'cli'),
+  ('config', 'handoff', 'stages', 'report', 'cli'),
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FORBIDDEN = {'utils', 'util', 'common', 'helpers', 'helper', 'base', 'misc', 'registry', 'trainer'}

@@ -1,0 +1,73 @@
+"""An assistant becomes better by a measure that you can check, in minutes on two CPU cores. No network, no files.
+
+A small simulated world asks for facts, sums, lists and advice, and for things that are unsafe. A hidden gold judge scores
+answers by rule; a noisy labeller ranks the SFT policy's answers by that score. The policy learns first from demonstrations
+of which many are sarcastic, redundant, wrong or harmful, then from the rankings, as InstructGPT did (2203.02155).
+
+    python -m experiments.quickstart
+"""
+
+import dataclasses
+
+from rlhf_jax import cli
+from rlhf_jax.config import DataConfig, Experiment, PPOConfig, RewardConfig, SFTConfig
+from rlhf_jax.data import simulated
+from rlhf_jax.data.encode import Limits
+from rlhf_jax.data.examples import Example, Turn
+from rlhf_jax.optimizer import OptimizerConfig
+from rlhf_jax.stages.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig:
+  """How much the simulated people say."""
+  demonstrations: int = 6000  # answers that SFT imitates
+  ranked_prompts: int = 3000  # prompts whose answers the labeller ranks
+  answers_per_prompt: int = 4  # answers of the SFT policy to each of them
+  noise: float = 0.3  # of the labeller: an answer better by this much wins with odds of e to 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart(Experiment):
+  """One run in the simulated world: SFT, reward model and PPO."""
+  world: WorldConfig = WorldConfig()
+
+
+EXPERIMENT = Quickstart(
+  preset='nano',
+  data=DataConfig(limits=Limits(prompt_tokens=24, response_tokens=28)),
+  sft=SFTConfig(steps=400, batch_size=64, evaluate_every=200, checkpoint_every=200,
+                optimizer=OptimizerConfig(learning_rate=3e-3, schedule='cosine', warmup_steps=20)),
+  reward=RewardConfig(steps=300, batch_size=32, evaluate_every=150, checkpoint_every=150,
+                      optimizer=OptimizerConfig(learning_rate=1e-3, schedule='cosine', warmup_steps=20)),
+  ppo=PPOConfig(iterations=60, batch_size=128, epochs=4, minibatches=1, kl_weight=0.03, samples_every=20,
+                checkpoint_every=20, optimizer=OptimizerConfig(learning_rate=1e-3, schedule='linear', epsilon=1e-5)),
+)
+
+
+def make_task(experiment):
+  """The simulated world as data: demonstrations, rankings of the policy's own answers, prompts, and the gold judge."""
+  world, seed = experiment.world, experiment.seed
+  train_prompts, held_out_prompts = simulated.prompts(seed)
+  demonstrations = simulated.demonstrations(seed, world.demonstrations + 200)
+
+  def comparisons(answer):
+    some = [train_prompts[i % len(train_prompts)] for i in range(world.ranked_prompts)]
+    ranked = simulated.label(some, answer(some, world.answers_per_prompt), seed, world.noise)
+    held_out = simulated.label(held_out_prompts, answer(held_out_prompts, world.answers_per_prompt), seed + 1, world.noise)
+    distinct = lambda examples: [example for example in examples if len(set(example.ranks)) > 1]
+    return distinct(ranked), distinct(held_out)
+
+  def judge(prompts, responses):
+    asked = [Example((Turn('user', prompt),)) for prompt in prompts]
+    found = simulated.summarise(asked, responses)
+    return {'gold score': found['score_mean'], 'gold score, std': found['score_std']} | {
+      name: found[name] for name in ('correct', 'correct_safe', 'sarcastic', 'redundant', 'harmful', 'broken')}
+
+  return Task(demonstrations=(demonstrations[:-200], demonstrations[-200:]), comparisons=comparisons,
+              prompts=(train_prompts, held_out_prompts), judge=judge,
+              ceiling=lambda examples: simulated.labeller_ceiling(examples, world.noise))
+
+
+if __name__ == '__main__':
+  cli.main(EXPERIMENT, make_task, __doc__)

@@ -1,0 +1,184 @@
+"""From a command line to a finished run: flags, run directory, the three stages, exports, and the table at the end.
+
+An experiment module calls `main(EXPERIMENT, make_task, __doc__)`. The same command again resumes: a finished stage is
+skipped, an unfinished one goes on from its newest checkpoint.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+from typing import Literal
+
+import jax
+import numpy as np
+
+from rlhf_jax import config as configs
+from rlhf_jax import report, runners
+from rlhf_jax.checkpoint import read_meta
+from rlhf_jax.data.text import check_vocabulary, load_tokenizer, pad_token, save_tokenizer, train_tokenizer
+from rlhf_jax.errors import CheckpointError, ConfigError, RlhfJaxError
+from rlhf_jax.model import huggingface
+from rlhf_jax.model.config import preset
+from rlhf_jax.model.forward import check_length
+from rlhf_jax.model.heads import LanguageModel, ScalarModel
+from rlhf_jax.stages import ppo, reward, sft
+from rlhf_jax.stages.task import Run
+
+Stage = Literal['sft', 'reward', 'ppo']
+_STAGES = {'sft': sft, 'reward': reward, 'ppo': ppo}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """Flags that say what to do, and do not belong to the experiment."""
+  stages: tuple[Stage, ...] = ('sft', 'reward', 'ppo')  # which to run; each needs those before it, here or from earlier
+  run_dir: str = ''  # where everything is written; empty: runs/NAME
+  restart: bool = False  # delete what an earlier run left in the run directory
+  export: bool = True  # write the finished models as Hugging Face directories
+
+
+def main(experiment, make_task, description, name=None, args=None):
+  """Runs an experiment from the command line; exits with 2 and one clear line on an error that the user can mend.
+
+  `make_task(experiment)` gives the Task. `name` (the module's, by default) names the run directory.
+  """
+  experiment, command = configs.parse(experiment, Command(), description, args)
+  name = name or pathlib.Path(sys.argv[0]).stem
+  directory = pathlib.Path(command.run_dir or f'runs/{name}')
+  try:
+    return run_stages(experiment, make_task, directory, command)
+  except RlhfJaxError as error:
+    print(f'{type(error).__name__}: {error}', file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print(f'\nStopped. The same command goes on from the last checkpoint in {directory}.', file=sys.stderr)
+    sys.exit(130)
+
+
+def run_stages(experiment, make_task, directory, command=Command()):
+  """Runs the stages asked for; returns the results, which are in results.json too."""
+  began = time.monotonic()
+  _keep_compiled_programs()
+  directory = _open_directory(experiment, pathlib.Path(directory), command)
+  run = prepare(experiment, make_task, directory)
+  results = {}
+  for name in command.stages:
+    if _finished(run, name):
+      results[name] = read_meta(run.checkpoints(name)).get('evaluation', {})
+      print(f'{name}: finished before, skipped')
+      continue
+    stage_began = time.monotonic()
+    results[name] = _STAGES[name].train(run)
+    print(f'{name}: {time.monotonic() - stage_began:.0f} s')
+    if command.export:
+      _export(run, name)
+  if 'ppo' in command.stages:
+    table, said = ppo.compare(run)
+    results['table'] = table
+    _write_answers(directory, said)
+    report.print_table(table, f'Answers to {len(said["SFT"][0])} held-out prompts')
+  _say_reward_accuracy(results)
+  (directory / 'results.json').write_text(json.dumps(results, indent=2, default=float))
+  picture = report.draw(directory)
+  print(f'{directory}: results.json, answers.jsonl{"" if picture is None else ", " + picture.name}; '
+        f'{time.monotonic() - began:.0f} s in all')
+  return results
+
+
+def prepare(experiment, make_task, directory):
+  """The Run of an experiment: task, tokenizer, models and devices, checked against each other."""
+  task = make_task(experiment)
+  pretrained, tokenizer_dir = None, directory / 'tokenizer'
+  runtime = {'dtype': experiment.dtype, 'remat': experiment.remat}
+  if experiment.pretrained is not None:
+    model_config, pretrained = huggingface.load(experiment.pretrained, **runtime)
+    tokenizer = load_tokenizer(experiment.pretrained)
+  else:
+    model_config = preset(experiment.preset, **runtime)
+    if not tokenizer_dir.exists():
+      texts = [turn.text for example in task.demonstrations[0] for turn in example.prompt]
+      texts += [response for example in task.demonstrations[0] for response in example.responses]
+      save_tokenizer(train_tokenizer(texts, model_config.vocab_size), tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
+  reward_config = model_config if experiment.reward_preset is None else preset(experiment.reward_preset, **runtime)
+  if experiment.reward_preset is not None and experiment.ppo.shared_trunk:
+    raise ConfigError("a value head on the policy's trunk, but a reward model of another size "
+                      f'({experiment.reward_preset}). Drop --reward-preset or --ppo.shared-trunk.')
+  check_vocabulary(tokenizer, policy=model_config, reward=reward_config)
+  for size in (model_config, reward_config):
+    check_length(size, experiment.data.limits.tokens)
+  return Run(experiment, task, tokenizer, make_runner(experiment.mesh), directory, LanguageModel(model_config),
+             ScalarModel(reward_config), pretrained)
+
+
+def make_runner(mesh):
+  """The Runner that a MeshConfig names."""
+  if mesh.runner == 'sharded':
+    return runners.sharded(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
+  return {'single': runners.single, 'pmap': runners.pmapped}[mesh.runner]()
+
+
+def _keep_compiled_programs():
+  """Compiled programs outlive the process, in ~/.cache/rlhf_jax or where JAX_COMPILATION_CACHE_DIR says."""
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path.home() / '.cache' / 'rlhf_jax'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+def _open_directory(experiment, directory, command):
+  """The run directory, with experiment.json in it; raises ConfigError where it holds a run of another config."""
+  path = directory / 'experiment.json'
+  if command.restart and directory.exists():
+    if not path.exists() and any(directory.iterdir()):
+      raise ConfigError(f'{directory} holds files but no experiment.json, so it is not a run directory and is not '
+                        'deleted. Choose another --run-dir.')
+    shutil.rmtree(directory)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+      changed = configs.differences(json.loads(path.read_text()), configs.to_json(experiment))
+      if changed:
+        raise ConfigError(f'{directory} holds a run of another config: {"; ".join(changed)}. Pass the same flags to go on, '
+                          'another --run-dir, or --restart to delete it and start anew.')
+    path.write_text(json.dumps(configs.to_json(experiment), indent=2))
+  except OSError as error:
+    raise CheckpointError(f'cannot write to the run directory {directory}: {error.strerror}. '
+                          'Choose another --run-dir.') from error
+  return directory
+
+
+def _finished(run, name):
+  return run.checkpoints(name).exists() and bool((read_meta(run.checkpoints(name)) or {}).get('finished'))
+
+
+def _export(run, name):
+  """The finished stage's model as a Hugging Face directory, with its tokenizer."""
+  kind = 'scalar' if name == 'reward' else 'language'
+  params = _STAGES[name].restore(run)
+  params = params['policy'] if name == 'ppo' else params
+  model = run.reward if name == 'reward' else run.policy
+  target = run.stage(name) / 'export'
+  huggingface.save(target, model.config, jax.tree.map(np.asarray, run.runner.fetch(params)), kind=kind,
+                   end_token=run.tokenizer.eos_token_id, pad_token=pad_token(run.tokenizer))
+  save_tokenizer(run.tokenizer, target)
+
+
+def _write_answers(directory, said):
+  """Every held-out prompt with the answers of both policies, as answers.jsonl."""
+  rows = zip(said['SFT'][0], said['SFT'][1], said['PPO'][1], strict=True)
+  lines = [json.dumps(dict(zip(('prompt', 'SFT', 'PPO'), row)), ensure_ascii=False) for row in rows]
+  (directory / 'answers.jsonl').write_text('\n'.join(lines) + '\n')
+
+
+def _say_reward_accuracy(results):
+  """One line on how good the reward model is, with its interval and what was possible."""
+  found = results.get('reward')
+  if not found or 'accuracy_low' not in found:
+    return
+  possible = f', of {found["ceiling"]:.1%} that the labellers\' noise allows' if 'ceiling' in found else ''
+  print(f'Reward model: {found["accuracy"]:.1%} of {found["pairs"]:.0f} held-out pairs ordered rightly '
+        f'(95 % interval {found["accuracy_low"]:.1%} to {found["accuracy_high"]:.1%}){possible}')

@@ -1,0 +1,241 @@
+"""Stage 3, PPO: the policy answers, the reward model scores, the policy learns, held near the SFT model by a KL leash."""
+
+import dataclasses
+import functools
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import handoff
+from rlhf_jax.checkpoint import Checkpoints, restore_part
+from rlhf_jax.data import batches, encode
+from rlhf_jax.data.text import response_text
+from rlhf_jax.errors import ConfigError
+from rlhf_jax.experience import experience
+from rlhf_jax.losses.ppo import ppo
+from rlhf_jax.maths.kl import adaptive_kl_weight
+from rlhf_jax.metrics import Progress, append_samples, values
+from rlhf_jax.model.heads import Models, initial_params
+from rlhf_jax.optimizer import make_optimizer
+from rlhf_jax.rewards import score_texts
+from rlhf_jax.stages import reward, sft
+from rlhf_jax.stages.answers import compile_answer, rollouts
+from rlhf_jax.stages.descent import check_finite
+from rlhf_jax.step import init_state, make_train_step
+from rlhf_jax.update import make_update
+
+NAME = 'ppo'
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The compiled parts of an iteration."""
+  answer: object  # (policy parameters, Prompts, key) -> Rollout
+  look_back: object  # (parameters, frozen, Rollout, kl_weight, {'score_B'}) -> (Experience, metrics)
+  learn: object  # (state, Experience, key) -> (state, metrics of every minibatch)
+
+
+def compile_programs(run, optimizer):
+  """The three programs of an iteration, for this run's devices."""
+  config, runner = run.experiment.ppo, run.runner
+  models = Models(run.policy, run.reward, run.reward)
+
+  def look_back(params, frozen, rollout, kl_weight, extra):
+    return experience(models, params, frozen, rollout, config.experience, temperature=config.temperature,
+                      kl_weight=kl_weight, extra_score_B=extra['score_B'], model_score_weight=config.reward_model_weight,
+                      axis_name=runner.axis_name)
+
+  step = make_train_step(ppo(run.policy, run.reward, config.loss, temperature=config.temperature), optimizer,
+                         axis_name=runner.axis_name, microbatches=config.microbatches)
+  update = make_update(step, epochs=config.epochs, minibatches=config.minibatches, axis_name=runner.axis_name)
+  return Programs(
+    compile_answer(run),
+    runner.compile(look_back, inputs=('params', 'params', 'batch', 'same', 'batch'), outputs=('batch', 'same')),
+    runner.compile(update, inputs=('params', 'batch', 'same'), outputs=('params', 'same'), donate=(0,)))
+
+
+def train(run):
+  """Trains and checkpoints policy and value; returns the metrics of the last iteration."""
+  experiment, config = run.experiment, run.experiment.ppo
+  limits = experiment.data.limits
+  optimizer = make_optimizer(dataclasses.replace(config.optimizer, total_steps=config.iterations),
+                             updates_per_step=config.epochs * config.minibatches)
+  programs, frozen = compile_programs(run, optimizer), frozen_models(run)
+  if 'reward' not in frozen and not run.task.reward_functions:
+    raise ConfigError(f'PPO has nothing to score answers: no reward model in {run.stage("reward")} and no reward function. '
+                      'Run the stage reward first, or give the task reward functions.')
+  rows, skipped = encode.prompts(run.task.prompts[0], run.tokenizer, limits)
+  source = batches.prompt_batches(rows, batch_size=config.batch_size, length=limits.prompt_tokens, seed=experiment.seed,
+                                  part=(jax.process_index(), jax.process_count()))
+  make = lambda: init_state(_start(run), optimizer)
+  with Checkpoints(run.checkpoints(NAME)) as checkpoints, run.log(NAME) as log:
+    start = checkpoints.latest()
+    if start is None:
+      state, start, kl_weight, known = run.runner.place(make(), 'params'), 0, config.kl_weight, {}
+    else:
+      state, meta = checkpoints.restore(run.runner.abstract(functools.partial(_abstract_state, run, optimizer)))
+      start, kl_weight, known = meta['iteration'], meta['kl_weight'], meta['known']
+    log.truncate_after(start if start else -1)
+    began, done = time.monotonic(), start
+    with Progress(NAME, total=config.iterations, start=start) as progress:
+      if skipped and not start:
+        progress.note(f'{skipped} prompts have more than {limits.prompt_tokens} tokens and are skipped')
+      for iteration, prompts in enumerate(source.read(start, config.iterations), start):
+        key = jax.random.fold_in(jax.random.key(experiment.seed), iteration)
+        state, known, rollout = _iterate(run, programs, state, frozen, prompts, key, kl_weight)
+        done = iteration + 1
+        check_finite(run.stage(NAME), done, known, rollout)
+        _check_facts(iteration, known)
+        log.write(done, known | {'kl_weight': kl_weight}, wall_s=time.monotonic() - began)
+        progress.update(done, {'score': known['score'], 'KL': known['kl_nats_per_sequence'], 'entropy': known['entropy'],
+                               'ended': known['ended'], 'length': known['response_length']},
+                        rate=(known['response_tokens_per_second'], 'tokens/s'))
+        kl_weight = _next_kl_weight(config, kl_weight, known['kl_nats_per_sequence'])
+        if done % config.samples_every == 0 or done == config.iterations:
+          _write_samples(run, done, rollout, progress)
+        stop = config.kl_stop_nats_per_sequence is not None and \
+          known['kl_nats_per_sequence'] > config.kl_stop_nats_per_sequence
+        if stop:
+          progress.note(f'stopped at iteration {done}: KL {known["kl_nats_per_sequence"]:.3g} nats per sequence is over '
+                        f'kl_stop_nats_per_sequence={config.kl_stop_nats_per_sequence:g}')
+          break
+        if done % config.checkpoint_every == 0 and done < config.iterations:
+          checkpoints.save(done, state, _meta(done, kl_weight, known, finished=False))
+    checkpoints.save(done, state, _meta(done, kl_weight, known, finished=True))
+  return known
+
+
+def _meta(iteration, kl_weight, known, finished):
+  return {'iteration': iteration, 'kl_weight': kl_weight, 'known': known, 'finished': finished}
+
+
+def _iterate(run, programs, state, frozen, prompts, key, kl_weight):
+  """One iteration: (state, metrics, rollout). Seconds are measured with the devices drained in between."""
+  began = time.monotonic()
+  rollout = jax.block_until_ready(programs.answer(state.params['policy'], prompts, key))
+  answered = time.monotonic()
+  extra_score_B, by_name = _extra_scores(run, rollout)
+  lessons, looked = jax.block_until_ready(
+    programs.look_back(state.params, frozen, rollout, jnp.float32(kl_weight), {'score_B': extra_score_B}))
+  scored = time.monotonic()
+  state, learned = programs.learn(state, lessons, key)
+  learned = run.runner.fetch(learned)
+  finished = time.monotonic()
+  known = _measures(values(run.runner.fetch(looked)), learned) | by_name
+  tokens = known['response_length'] * len(extra_score_B)
+  known |= {'seconds_generate': answered - began, 'seconds_score': scored - answered,
+            'seconds_update': finished - scored, 'response_tokens_per_second': tokens / (finished - began)}
+  return state, known, rollout
+
+
+def _measures(looked, learned):
+  """Metrics of an iteration: those of the experience, with variances made of moments, and of its updates, averaged."""
+  variance = lambda name: max(looked.pop(f'{name}_squared') - looked[name] ** 2, 0.0)
+  looked['score_std'] = variance('score') ** 0.5
+  spread, missed = variance('return'), variance('value_error')
+  del looked['value_error']
+  looked['explained_variance'] = 1 - missed / spread if spread > 0 else 0.0
+  every = {name: np.asarray(mean.value()) for name, mean in learned.items()}
+  updates = {name: float(value.mean()) for name, value in every.items() if name not in ('entropy', 'ratio')}
+  return looked | updates | {'first_ratio': float(every['ratio'][0, 0]), 'first_kl_k2': float(every['kl_k2'][0, 0])}
+
+
+def _extra_scores(run, rollout):
+  """What the Python reward functions say of a rollout: (weighted sum [B], means by name); zeros where there are none."""
+  B = rollout.ended_B.shape[0]
+  if not run.task.reward_functions:
+    return np.zeros(B, np.float32), {}
+  prompts, responses = texts_of(run, rollout)
+  total_B, by_name = score_texts(run.task.reward_functions, prompts, responses)
+  return total_B, {f'reward/{name}': float(score_B.mean()) for name, score_B in by_name.items()}
+
+
+def texts_of(run, rollout):
+  """(prompts, responses) of a rollout as texts."""
+  fetched = run.runner.fetch(rollout)
+  R = fetched.mask_BR.shape[1]
+  say = lambda tokens_BT, kept_BT: [response_text(run.tokenizer, tokens[kept]) for tokens, kept in zip(tokens_BT, kept_BT)]
+  return (say(fetched.tokens_BT[:, :-R], fetched.valid_BT[:, :-R]), say(fetched.tokens_BT[:, -R:], fetched.mask_BR))
+
+
+def _check_facts(iteration, known):
+  """Warns where a run breaks what must hold: no KL before the first update, ratio 1 in the first minibatch, some ends."""
+  if iteration == 0 and known['kl_nats_per_sequence'] != 0:
+    warnings.warn(f'KL to the reference is {known["kl_nats_per_sequence"]:.3g} before the first update; it should be 0: '
+                  'the policy does not start as the SFT model.', stacklevel=2)
+  if abs(known['first_ratio'] - 1) > 1e-3:
+    warnings.warn(f'the first minibatch of iteration {iteration} has ratio {known["first_ratio"]:.5f}; it should be 1: the '
+                  'update does not see the log-probabilities that the experience holds.', stacklevel=2)
+  if known['ended'] == 0:
+    warnings.warn(f'no answer of iteration {iteration} ended with the end token: all were cut by the length limit. The '
+                  'model never learned to end, or --data.limits.response-tokens is too small; scores are of cut texts.',
+                  stacklevel=2)
+
+
+def _next_kl_weight(config, kl_weight, kl_nats):
+  if config.kl_target_nats_per_sequence is None:
+    return kl_weight
+  return float(adaptive_kl_weight(kl_weight, kl_nats, target_nats_per_sequence=config.kl_target_nats_per_sequence,
+                                  horizon_episodes=config.kl_horizon_episodes, episodes=config.batch_size))
+
+
+def _write_samples(run, iteration, rollout, progress):
+  prompts, responses = texts_of(run, rollout)
+  append_samples(run.stage(NAME), iteration, [{'prompt': p, 'response': r} for p, r in zip(prompts[:8], responses[:8])])
+  progress.note(f'  {prompts[0][-70:]!r} -> {responses[0][:90]!r}')
+
+
+def _start(run):
+  """Parameters that PPO trains: the SFT policy, and the value function that the reward model hands over."""
+  policy, scorer = sft.restore(run), reward.restore(run)
+  value = handoff.value_params(policy, scorer, run.experiment.ppo.shared_trunk)
+  return {'policy': policy, 'value': jax.tree.map(jnp.copy, value)}
+
+
+def _abstract_state(run, optimizer):
+  """The state of the stage made of fresh parameters: for its shapes only."""
+  key = jax.random.key(0)
+  policy = initial_params(run.policy, key)
+  value = handoff.value_params(policy, initial_params(run.reward, key), run.experiment.ppo.shared_trunk)
+  return init_state({'policy': policy, 'value': value}, optimizer)
+
+
+def frozen_models(run):
+  """The reference policy and, where there is one, the reward model: buffers of their own, never donated."""
+  scorer = reward.restore(run)
+  return {'reference': sft.restore(run)} | ({} if scorer is None else {'reward': scorer})
+
+
+def restore(run):
+  """{'policy', 'value'} of the finished stage."""
+  abstract = run.runner.abstract(lambda: _abstract_state(run, make_optimizer(dataclasses.replace(
+    run.experiment.ppo.optimizer, schedule='constant'))).params)
+  return restore_part(run.checkpoints(NAME), {'params': abstract})['params']
+
+
+def compare(run):
+  """Held-out answers of the SFT and the PPO policy, measured alike: {'SFT': {...}, 'PPO': {...}}, and the texts of both."""
+  optimizer = make_optimizer(dataclasses.replace(run.experiment.ppo.optimizer, schedule='constant'))
+  programs, frozen, trained = compile_programs(run, optimizer), frozen_models(run), restore(run)
+  rows, _ = encode.prompts(run.task.prompts[1], run.tokenizer, run.experiment.data.limits)
+  rows += [rows[i % len(rows)] for i in range(-len(rows) % run.experiment.ppo.batch_size)]  # to whole batches, all counted
+  table, said = {}, {}
+  for name, params in (('SFT', trained | {'policy': frozen['reference']}), ('PPO', trained)):
+    prompts, responses, sums = [], [], None
+    key = jax.random.key(run.experiment.seed + 2)
+    for rollout, _ in rollouts(run, programs.answer, params['policy'], rows, key):
+      asked, answered = texts_of(run, rollout)
+      prompts, responses = prompts + asked, responses + answered
+      extra_score_B, _ = _extra_scores(run, rollout)
+      _, metrics = programs.look_back(params, frozen, rollout, jnp.float32(0), {'score_B': extra_score_B})
+      metrics = run.runner.fetch(metrics)
+      sums = metrics if sums is None else {key: sums[key] + metrics[key] for key in sums}
+    known = values(sums)
+    judged = {} if run.task.judge is None else run.task.judge(prompts, responses)
+    table[name] = judged | {'score': known['score'], 'KL, nats per answer': known['kl_nats_per_sequence'],
+                            'tokens per answer': known['response_length'], 'ended': known['ended']}
+    said[name] = (prompts, responses)
+  return table, said

@@ -1,0 +1,120 @@
+"""Stage 2, the reward model: it learns to score responses as people ranked them, then its scores are normalised, once."""
+
+import functools
+import itertools
+import json
+
+import jax
+import numpy as np
+
+from rlhf_jax import handoff
+from rlhf_jax.checkpoint import restore_part
+from rlhf_jax.data import batches, encode
+from rlhf_jax.data.examples import Example, Turn
+from rlhf_jax.losses.preference import beats, candidate_scores, ranking
+from rlhf_jax.model.heads import initial_params
+from rlhf_jax.stages import sft
+from rlhf_jax.stages.answers import answer_texts, compile_answer
+from rlhf_jax.stages.descent import descend, save_final
+
+NAME = 'reward'
+
+
+def train(run):
+  """Trains, normalises and checkpoints the reward model; returns held-out accuracy, its 95 % interval, and calibration."""
+  experiment, config = run.experiment, run.experiment.reward
+  limits = experiment.data.limits
+  train_examples, held_out_examples = _comparisons(run)
+  train_rows, _ = encode.comparisons(train_examples, run.tokenizer, limits)
+  held_out_rows, _ = encode.comparisons(held_out_examples, run.tokenizer, limits)
+  source = batches.comparison_batches(train_rows, batch_size=config.batch_size, length=limits.tokens, seed=experiment.seed,
+                                      part=(jax.process_index(), jax.process_count()))
+  candidates = max(len(row.rows) for row in (*train_rows, *held_out_rows))
+  collate = functools.partial(batches.collate_comparisons, length=limits.tokens, candidates=candidates)
+  in_order = lambda rows: batches.in_order(rows, config.batch_size, encode.RankedRows([], []), collate)
+  held_out = in_order(held_out_rows)
+  state, measured = descend(run, NAME, config, loss_fn=ranking(run.reward, config.centring_weight),
+                            make_params=functools.partial(_start, run), batches=source, held_out=held_out)
+
+  score = run.runner.compile(lambda params, batch: {'score_BC': candidate_scores(run.reward, params, batch)},
+                             inputs=('params', 'batch'), outputs='batch')
+  measured |= accuracy(*_scored(run, score, state.params, held_out))
+  if run.task.ceiling is not None:
+    measured['ceiling'] = run.task.ceiling(held_out_examples)
+  if config.normalise:
+    score_BC, rank_BC = _scored(run, score, state.params, in_order(train_rows))
+    kept = score_BC[rank_BC >= 0]
+    measured |= {'raw_score_mean': float(kept.mean()), 'raw_score_std': float(kept.std())}
+    params = handoff.normalised(state.params, kept.mean(), max(kept.std(), 1e-6))
+    state = state.replace(params=run.runner.place(params, 'params'))
+  save_final(run, NAME, state, measured)
+  return measured
+
+
+def accuracy(score_BC, rank_BC):
+  """Of held-out ordered pairs: the share that the scores order rightly, its 95 % interval, and the calibration error.
+
+  The interval is a bootstrap over prompts, since pairs of one prompt are not independent. Calibration: the expected
+  difference, over ten bins of sigmoid(score difference), between that probability and what people chose (Guo et al. 2017).
+  """
+  beats_BCC = np.asarray(beats(rank_BC))
+  gap_BCC = score_BC[:, :, None] - score_BC[:, None, :]
+  right_B, pairs_B = ((gap_BCC > 0) & beats_BCC).sum((1, 2)), beats_BCC.sum((1, 2))
+  counted = pairs_B > 0
+  right, pairs = right_B[counted], pairs_B[counted]
+  drawn = np.random.default_rng(0).integers(0, len(pairs), (1000, len(pairs)))
+  low, high = np.percentile(right[drawn].sum(1) / pairs[drawn].sum(1), [2.5, 97.5])
+  certain = 1 / (1 + np.exp(-np.abs(gap_BCC[beats_BCC])))                       # at least a half: how sure of the pair
+  hit = gap_BCC[beats_BCC] > 0
+  bins = np.minimum(((certain - 0.5) * 20).astype(int), 9)
+  error = sum(abs((certain - hit)[bins == b].sum()) for b in range(10)) / len(hit)
+  return {'accuracy': right.sum() / pairs.sum(), 'accuracy_low': low, 'accuracy_high': high, 'pairs': float(pairs.sum()),
+          'calibration_error': float(error)}
+
+
+def restore(run):
+  """Parameters of the finished stage, on this run's devices; None where the run has no reward model."""
+  if not run.checkpoints(NAME).exists():
+    return None
+  abstract = {'params': run.runner.abstract(lambda: initial_params(run.reward, jax.random.key(0)))}
+  return restore_part(run.checkpoints(NAME), abstract)['params']
+
+
+def _start(run):
+  fresh = initial_params(run.reward, jax.random.fold_in(jax.random.key(run.experiment.seed), 1))
+  same_size = run.reward.config == run.policy.config
+  return handoff.reward_params(run.runner.fetch(sft.restore(run)) if same_size else None, fresh)
+
+
+def _scored(run, score, params, collated):
+  """(score_BC, rank_BC) of all prompts of a list of Comparisons, as numpy."""
+  score_BC = np.concatenate([run.runner.fetch(score(params, batch)['score_BC']) for batch in collated])
+  return score_BC, np.concatenate([batch.rank_BC for batch in collated])
+
+
+def _comparisons(run):
+  """The task's comparisons. What it made by asking the SFT policy is written down, so that a resumed run reads the same."""
+  path = run.stage(NAME) / 'comparisons.jsonl'
+  if not path.exists():
+    answer = functools.lru_cache(lambda: (compile_answer(run), sft.restore(run)))
+    ask = lambda examples, samples: answer_texts(run, *answer(), examples, run.experiment.seed + 1, samples)
+    _write(path, run.task.comparisons(ask))
+  return _read(path)
+
+
+def _write(path, split):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lines = [json.dumps({'held_out': held_out, 'prompt': [[turn.role, turn.text] for turn in example.prompt],
+                       'responses': example.responses, 'ranks': example.ranks, 'place': example.place})
+           for held_out, examples in zip((False, True), split) for example in examples]
+  unfinished = path.with_suffix('.unfinished')
+  unfinished.write_text('\n'.join(lines) + '\n')
+  unfinished.rename(path)
+
+
+def _read(path):
+  split = [], []
+  for row in map(json.loads, path.read_text().splitlines()):
+    prompt = tuple(itertools.starmap(Turn, row['prompt']))
+    split[row['held_out']].append(Example(prompt, tuple(row['responses']), tuple(row['ranks']), row['place']))
+  return split

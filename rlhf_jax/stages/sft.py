@@ -1,0 +1,40 @@
+"""Stage 1, supervised fine-tuning: the language model learns to write the demonstrations' responses."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.checkpoint import restore_part
+from rlhf_jax.data import batches, encode
+from rlhf_jax.losses.language import cross_entropy
+from rlhf_jax.model.heads import initial_params
+from rlhf_jax.stages.descent import descend, save_final
+
+NAME = 'sft'
+
+
+def train(run):
+  """Trains and checkpoints the policy; returns held-out {'loss', 'perplexity'}, before and after."""
+  experiment, config = run.experiment, run.experiment.sft
+  limits = experiment.data.limits
+  train_rows, _ = encode.demonstrations(run.task.demonstrations[0], run.tokenizer, limits)
+  held_out_rows, _ = encode.demonstrations(run.task.demonstrations[1], run.tokenizer, limits)
+  source = batches.demonstration_batches(train_rows, batch_size=config.batch_size, length=limits.tokens,
+                                         seed=experiment.seed, packed=config.packed,
+                                         part=(jax.process_index(), jax.process_count()))
+  held_out = batches.in_order(held_out_rows, config.batch_size, encode.Row([], []),
+                              lambda rows: batches.collate_demonstrations(rows, limits.tokens))
+  fresh = lambda: initial_params(run.policy, jax.random.key(experiment.seed))
+  start = fresh if run.pretrained is None else lambda: jax.tree.map(jnp.asarray, run.pretrained)
+  state, measured = descend(run, NAME, config, loss_fn=cross_entropy(run.policy), make_params=start, batches=source,
+                            held_out=held_out)
+  measured['perplexity'] = math.exp(min(measured['loss'], 100.0))
+  save_final(run, NAME, state, measured)
+  return measured
+
+
+def restore(run):
+  """Parameters of the finished stage, on this run's devices: fresh buffers at every call, so that they can be donated."""
+  abstract = {'params': run.runner.abstract(lambda: initial_params(run.policy, jax.random.key(0)))}
+  return restore_part(run.checkpoints(NAME), abstract)['params']
