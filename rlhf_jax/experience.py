@@ -65,7 +65,9 @@ def experience(models, params, frozen, rollout, config, *, temperature, kl_weigh
   unless None, {'reward'}. The score is model_score_weight * reward model + `extra_score_B` (Python rewards, weighted).
   """
   check_axes(tokens_BT=rollout.tokens_BT, valid_BT=rollout.valid_BT, mask_BR=rollout.mask_BR,
-             logprob_BR=rollout.logprob_BR, extra_score_B=extra_score_B)
+             logprob_BR=rollout.logprob_BR, ended_B=rollout.ended_B, extra_score_B=extra_score_B)
+  if temperature <= 0:
+    raise ConfigError(f'experience at temperature={temperature}. It must be positive: greedy answers have no probability.')
   tokens_BT, valid_BT, mask_BR = rollout.tokens_BT, rollout.valid_BT, rollout.mask_BR
   start = tokens_BT.shape[1] - mask_BR.shape[1]
   logprob_BR, entropy_BR, value_BT = forward.policy_and_value(

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.axes import check_axes
+from rlhf_jax.errors import ConfigError
 from rlhf_jax.maths.sampling import sample_tokens
 from rlhf_jax.model.cache import empty_cache
 from rlhf_jax.model.forward import attends, check_length, positions
 from rlhf_jax.model.heads import prepare_to_decode, unembed_DV
+from rlhf_jax.model.partition import constrain
 from rlhf_jax.records import Rollout
 
 
@@ -26,12 +28,14 @@ def generate(model, params, prompts, key, sampling):
   P = check_axes(tokens_BP=prompts.tokens_BP, valid_BP=prompts.valid_BP, sample_B=prompts.sample_B)['P']
   R, config = sampling.new_tokens, model.config
   check_length(config, P + R)
+  _check_ids(config, sampling)
   params = prepare_to_decode(model, params)
   run = functools.partial(model.apply, {'params': params})
   unembed = unembed_DV(params)
 
   def sample(hidden_BD, t):
     logits_BV = jnp.matmul(hidden_BD, unembed, preferred_element_type=jnp.float32)
+    logits_BV = constrain(logits_BV, 'BV')                                      # gathered once, then sampled locally
     return sample_tokens(logits_BV, key, prompts.sample_B, t, sampling)
 
   def note(answer, t, token_B, logprob_B, alive_B):
@@ -39,8 +43,8 @@ def generate(model, params, prompts, key, sampling):
     token_B = jnp.where(alive_B, token_B, sampling.pad_token)
     columns = token_B, jnp.where(alive_B, logprob_B, 0.0), alive_B
     put = lambda array, column: jax.lax.dynamic_update_slice_in_dim(array, column[:, None], t, axis=1)
-    ends = jnp.isin(token_B, jnp.array(sampling.end_tokens, jnp.int32)) if sampling.end_tokens else False
-    return jax.tree.map(put, answer, columns), token_B, alive_B & ~ends
+    ends_B = jnp.isin(token_B, jnp.array(sampling.end_tokens, jnp.int32))
+    return jax.tree.map(put, answer, columns), token_B, alive_B & ~ends_B
 
   def decode(carry):
     t, token_B, alive_B, cache, answer = carry                                  # token_B is answer number t
@@ -61,6 +65,14 @@ def generate(model, params, prompts, key, sampling):
   return Rollout(tokens_BT=jnp.concatenate([prompts.tokens_BP, tokens_BR], 1),
                  valid_BT=jnp.concatenate([prompts.valid_BP, mask_BR], 1),
                  logprob_BR=logprob_BR, mask_BR=mask_BR, ended_B=~alive_B, sample_B=prompts.sample_B)
+
+
+def _check_ids(config, sampling):
+  for name, ids in (('end_tokens', sampling.end_tokens), ('pad_token', (sampling.pad_token,))):
+    outside = [i for i in ids if i >= config.vocab_size]
+    if outside:
+      raise ConfigError(f'sampling {name} has the id {outside[0]}, but the model has a vocabulary of {config.vocab_size}. '
+                        'Take the ids from the tokenizer that belongs to the model.')
 
 
 def _prefill(run, config, prompts, R):

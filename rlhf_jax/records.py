@@ -23,7 +23,7 @@ class Mean:
 
   def value(self):
     """total / weight, and 0 where nothing was counted."""
-    return self.total / jnp.where(self.weight == 0, 1, self.weight)
+    return jnp.where(self.weight == 0, 0.0, self.total / jnp.where(self.weight == 0, 1, self.weight))
 
 
 @flax.struct.dataclass

@@ -12,6 +12,7 @@ import functools
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -29,6 +30,7 @@ class Runner:
   rules: dict[str, Any]
   axis_name: str | None = None
   constrains: bool = False  # whether activations are pinned to the mesh inside the functions
+  _known: dict = dataclasses.field(default_factory=dict, repr=False)  # shardings already worked out, by structure
 
   def shardings(self, tree, kind: Kind):
     """NamedSharding of every leaf of a tree of arrays or shapes; raises ShardingError where the mesh does not divide."""
@@ -39,7 +41,17 @@ class Runner:
 
   def place(self, tree, kind: Kind):
     """The tree on the devices of this runner; arrays that lie there already are not copied."""
-    return jax.device_put(tree, self.shardings(tree, kind))
+    leaves, structure = jax.tree.flatten(tree)
+    known = structure, tuple(np.shape(leaf) for leaf in leaves), kind
+    if known not in self._known:
+      self._known[known] = jax.tree.leaves(self.shardings(tree, kind))
+    placed = [leaf if getattr(leaf, 'sharding', None) == sharding else jax.device_put(leaf, sharding)
+              for leaf, sharding in zip(leaves, self._known[known], strict=True)]
+    return jax.tree.unflatten(structure, placed)
+
+  def copy(self, tree):
+    """A tree of arrays in buffers of its own, where they are: what a frozen model needs before its source is donated."""
+    return jax.jit(lambda t: jax.tree.map(jnp.copy, t), out_shardings=jax.tree.map(lambda x: x.sharding, tree))(tree)
 
   def fetch(self, tree):
     """The tree as numpy arrays of full shape."""
@@ -129,7 +141,7 @@ def sharded(data=None, fsdp=1, tensor=1, rules=None, devices=None):
   """
   devices = jax.devices() if devices is None else devices
   if data is None:
-    data = max(1, len(devices) // (fsdp * tensor))
+    data = max(1, len(devices) // max(1, fsdp * tensor))
   if min(data, fsdp, tensor) < 1 or data * fsdp * tensor != len(devices):
     raise ShardingError(f'a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {data * fsdp * tensor} devices, '
                         f'but there are {len(devices)}. Choose sizes whose product is {len(devices)}.')
@@ -137,4 +149,21 @@ def sharded(data=None, fsdp=1, tensor=1, rules=None, devices=None):
   if unknown:
     raise ConfigError(f'partition rules for {sorted(unknown)}, which no array here has. Known: {sorted(partition.RULES)}.')
   mesh = _mesh({'data': data, 'fsdp': fsdp, 'tensor': tensor}, devices)
-  return Runner('sharded', mesh, partition.RULES | (rules or {}), constrains=True)
+  return Runner('sharded', mesh, _changed_rules(rules or {}, mesh), constrains=True)
+
+
+def _changed_rules(changes, mesh):
+  """partition.RULES with changes; a change of V or D also undoes the special rule of the embedding."""
+  if 'B' in changes:
+    raise ConfigError(f"a partition rule for B ({changes['B']!r}). A batch is always split over data x fsdp: size the mesh.")
+  for name, rule in changes.items():
+    axes = [axis for entry in (rule if isinstance(rule, tuple) else (rule,))
+            for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None]
+    unknown = [axis for axis in axes if axis not in mesh.axis_names]
+    if unknown:
+      raise ConfigError(f'the partition rule for {name} names the mesh axis {unknown[0]!r}. '
+                        f'Known: {", ".join(mesh.axis_names)}.')
+  merged = partition.RULES | changes
+  if {'V', 'D'} & set(changes) and 'embedding_VD' not in changes:
+    del merged['embedding_VD']
+  return merged

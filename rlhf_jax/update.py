@@ -7,22 +7,26 @@ from rlhf_jax.errors import ConfigError
 
 
 def make_update(step, *, epochs, minibatches, axis_name=None):
-  """update(state, batch, key) -> (state, metrics): `epochs` passes over the rows, a fresh permutation each.
+  """update(state, batch, key) -> (state, metrics): `epochs` passes over the rows, a fresh permutation each,
+  and a fresh key for every step.
 
   Metrics are those of the step, stacked [epochs, minibatches]: the first is the first minibatch of the first epoch. With
   `axis_name`, rows are permuted across devices, so that the minibatches are the same ones on any number of them.
   """
   def update(state, batch, key):
-    order_EMB, rows = _orders(batch, key, epochs, minibatches, axis_name)
+    order_key, step_key = jax.random.split(key)
+    order_EMB, rows = _orders(batch, order_key, epochs, minibatches, axis_name)
 
-    def one_minibatch(state, order_B):
+    def one_minibatch(state, numbered):
+      number, order_B = numbered
       chosen = jax.tree.map(lambda x: x[order_B], rows)
-      return step(state, chosen, key)
+      return step(state, chosen, jax.random.fold_in(step_key, number))
 
-    def one_epoch(state, order_MB):
-      return jax.lax.scan(one_minibatch, state, order_MB)
+    def one_epoch(state, numbered):
+      return jax.lax.scan(one_minibatch, state, numbered)
 
-    return jax.lax.scan(one_epoch, state, order_EMB)
+    number_EM = jnp.arange(epochs * minibatches).reshape(epochs, minibatches)
+    return jax.lax.scan(one_epoch, state, (number_EM, order_EMB))
   return update
 
 

@@ -78,7 +78,8 @@ def ppo(policy, value, config, *, temperature=1.0):
   def loss_fn(params, batch, key):
     del key                                                                     # there is no dropout
     sizes = check_axes(tokens_BT=batch.tokens_BT, valid_BT=batch.valid_BT, mask_BR=batch.mask_BR,
-                       logprob_BR=batch.logprob_BR, advantage_BR=batch.advantage_BR, return_BR=batch.return_BR)
+                       logprob_BR=batch.logprob_BR, advantage_BR=batch.advantage_BR, return_BR=batch.return_BR,
+                       value_BR=batch.value_BR, value_mask_BR=batch.value_mask_BR)
     start = sizes['T'] - sizes['R']
     logprob_BR, entropy_BR, value_BT = forward.policy_and_value(
       policy, value, params, batch.tokens_BT, batch.valid_BT, start=start, temperature=temperature)
@@ -94,9 +95,11 @@ def ppo(policy, value, config, *, temperature=1.0):
     mean = lambda x_BR: Mean(masked_sum(x_BR.astype(jnp.float32), batch.mask_BR), weight)
     policy_mean, entropy = mean(policy_BR), mean(entropy_BR)
     value_mean = Mean(masked_sum(error_BR, batch.value_mask_BR), weight)
+    value_clipped = Mean(masked_sum(value_clipped_BR.astype(jnp.float32), batch.value_mask_BR),
+                         batch.value_mask_BR.sum(dtype=jnp.float32))
     total = policy_mean.total + config.value_weight * value_mean.total - config.entropy_weight * entropy.total
     metrics = {'policy_loss': policy_mean, 'value_loss': value_mean, 'entropy': entropy, 'ratio': mean(ratio_BR),
-               'clip_fraction': mean(clipped_BR), 'value_clip_fraction': mean(value_clipped_BR),
+               'clip_fraction': mean(clipped_BR), 'value_clip_fraction': value_clipped,
                'kl_k2': mean(kl_k2(logprob_BR, old_logprob_BR))}
     return Mean(total, weight), jax.lax.stop_gradient(metrics)
   return loss_fn

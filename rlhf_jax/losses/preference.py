@@ -37,7 +37,7 @@ def bradley_terry(score_BC, rank_BC, margin_BCC=None):
 
 
 def candidate_scores(model, params, batch):
-  """Score of every candidate of a Comparisons batch, float32 [B, C]; 0 for a missing one."""
+  """Score of every candidate of a Comparisons batch, float32 [B, C]; of a missing one it means nothing."""
   B, C, T = batch.tokens_BCT.shape
   score_B = forward.scores(model, params, batch.tokens_BCT.reshape(B * C, T), batch.valid_BCT.reshape(B * C, T))
   return score_B.reshape(B, C)

@@ -22,14 +22,14 @@ def project(x, weight, contracted=1):
 
 
 def rms_norm(x, scale, epsilon):
-  """x over its root mean square along the last axis, times scale; in float32. Zhang and Sennrich 2019 (1910.07467)."""
+  """x over its root mean square along the last axis, taken in float32, times scale. Zhang and Sennrich 2019."""
   x32 = x.astype(jnp.float32)
   y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
   return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def layer_norm(x, scale, bias, epsilon):
-  """x with mean 0 and variance 1 along the last axis, times scale, plus bias; in float32. Ba et al. 2016 (1607.06450)."""
+  """x with mean 0 and variance 1 along the last axis, taken in float32, times scale, plus bias. Ba et al. 2016."""
   x32 = x.astype(jnp.float32)
   centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
   y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)

@@ -19,6 +19,12 @@ class RopeScaling:
   high_frequency_factor: float = 4.0  # llama3: above original_context / this many turns, leave alone
   original_context: int = 8192  # llama3: tokens of context before the stretch
 
+  def __post_init__(self):
+    check_choices(self)
+    if self.factor <= 0 or not 0 < self.low_frequency_factor < self.high_frequency_factor:
+      raise ConfigError(f'rope scaling factor={self.factor}, low_frequency_factor={self.low_frequency_factor}, '
+                        f'high_frequency_factor={self.high_frequency_factor}. Factors must be positive, low below high.')
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -50,7 +56,7 @@ class ModelConfig:
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and products; parameters are always float32
   remat: bool = False  # recompute each block in the backward pass: less memory, about a third more work
   scan_layers: bool = False  # one compiled block for all layers: faster to compile when deep, slower to run when small
-  tokens_per_chunk: int = 1024  # tokens unembedded at once when log-probabilities are taken
+  tokens_per_chunk: int = 1024  # tokens that a device unembeds at once when log-probabilities are taken
 
   def __post_init__(self):
     check_choices(self)
@@ -61,9 +67,9 @@ class ModelConfig:
     if self.query_heads % self.kv_heads:
       raise ConfigError(f'model query_heads={self.query_heads} is not a multiple of kv_heads={self.kv_heads}. '
                         'Each key/value head serves the same number of query heads.')
-    if self.position == 'rope' and self.rotated_width % 2:
+    if self.position == 'rope' and (self.rotated_width % 2 or not 0 < self.rope_share <= 1):
       raise ConfigError(f'rope_share={self.rope_share} of head_width={self.head_width} rotates {self.rotated_width} '
-                        'numbers. It must be an even count.')
+                        'numbers. It must be an even count, and a share between 0 and 1.')
     if self.window is not None and self.window < 1:
       raise ConfigError(f'model window={self.window}. It must be at least 1 token, or None for no window.')
 
@@ -110,6 +116,7 @@ _QWEN3 = {'family': 'qwen3', 'qk_norm': True, 'rope_base': 1e6, 'norm_epsilon': 
 
 PRESETS = {
   'nano': _llama(640, 64, 2, 4, 2, 128, 512),
+  'micro': _llama(1024, 64, 3, 4, 2, 192, 512),
   'tiny': _llama(2048, 128, 3, 4, 2, 352, 1024),
   'small': _llama(4096, 256, 4, 4, 4, 688, 1024),
   'medium': _llama(16384, 512, 8, 8, 4, 1376, 2048),

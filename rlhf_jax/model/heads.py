@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.errors import ConfigError
 from rlhf_jax.model.config import ModelConfig
 from rlhf_jax.model.transformer import Transformer, split_layers
 
@@ -90,3 +91,8 @@ class Models:
   policy: LanguageModel
   value: ScalarModel
   reward: ScalarModel | None = None  # None where Python functions score
+
+  def __post_init__(self):
+    sizes = {name: model.config.vocab_size for name, model in vars(self).items() if model is not None}
+    if len(set(sizes.values())) > 1:
+      raise ConfigError(f'models of one run must share a vocabulary, but have {sizes}. They read the same token ids.')

@@ -19,6 +19,8 @@ RULES = {
   'embedding_VD': (('tensor', 'fsdp'), None),
   'step': (), 'bias': (), 'count': (),
 }
+# Where an axis does not divide: a vocabulary of 50257 has no divisors that a mesh could use.
+_SECOND_CHOICE = {'embedding_VD': (None, ('tensor', 'fsdp'))}
 
 
 def _name(path):
@@ -30,7 +32,7 @@ def _name(path):
 
 def spec(name, shape, rules=RULES):
   """The PartitionSpec of an array by its name; raises ShardingError for a name that the rules do not cover."""
-  if name in rules:
+  if name in rules and len(rules[name]) == len(shape):
     return PartitionSpec(*rules[name])
   letters = axes_of(name)
   if len(letters) != len(shape) or (not letters and shape):
@@ -48,14 +50,32 @@ def specs(tree, axis_sizes, rules=RULES):
   return jax.tree_util.tree_map_with_path(lambda path, leaf: _checked(path, leaf, axis_sizes, rules), tree)
 
 
+def _parts(axes, axis_sizes):
+  """Into how many parts mesh axes (a name, several, or None) cut."""
+  return math.prod(axis_sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def _divides(shape, spec, axis_sizes):
+  return all(size % _parts(axes, axis_sizes) == 0 for size, axes in zip(shape, spec, strict=True))
+
+
+def batch_parts():
+  """Into how many parts the current mesh cuts a batch; 1 without a data x fsdp x tensor mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return _parts(RULES['B'], dict(mesh.shape)) if set(RULES['B']) <= set(mesh.axis_names) else 1
+
+
 def _checked(path, leaf, axis_sizes, rules):
   name = _name(path)
   if not leaf.shape and name not in rules:
     return PartitionSpec()                                               # a number has nothing to shard
   found = spec(name, leaf.shape, rules)
+  second = _SECOND_CHOICE.get(name) if name in rules else None
+  if second and not _divides(leaf.shape, found, axis_sizes) and _divides(leaf.shape, second, axis_sizes):
+    return PartitionSpec(*second)
   for letter, size, axes in zip(axes_of(name), leaf.shape, found, strict=False):
     for_axis = (axes,) if isinstance(axes, str) else axes or ()
-    parts = math.prod(axis_sizes.get(axis, 1) for axis in for_axis)
+    parts = _parts(axes, axis_sizes)
     if size % parts:
       largest = max(n for n in range(1, parts + 1) if size % n == 0 and parts % n == 0)
       where = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -69,7 +89,7 @@ def constrain(x, letters):
   mesh = jax.sharding.get_abstract_mesh()
   if not set(RULES['B']) <= set(mesh.axis_names):
     return x
-  parts = math.prod(mesh.shape[axis] for axis in RULES['B'])
+  parts = batch_parts()
   for letter, size in zip(letters, x.shape, strict=True):
     if letter == 'B' and size % parts:
       raise ShardingError(f'{size} sequences at a time, which the {parts} devices of the mesh axes data x fsdp do not '

@@ -24,8 +24,17 @@ _ACTIVATIONS = {'silu': jax.nn.silu, 'gelu': functools.partial(jax.nn.gelu, appr
 
 def _weight(module, name):
   """The parameter of that name, its sizes read off the suffix, cast to the compute dtype."""
+  return _stored(module, name).astype(module.config.dtype)
+
+
+def _row(module, name, index):
+  """Rows of a table in the compute dtype; looked up before the cast, so that their gradients are summed in float32."""
+  return _stored(module, name)[index].astype(module.config.dtype)
+
+
+def _stored(module, name):
   c = module.config
-  return module.param(name, _initial(name, c), c.shape(name), jnp.float32).astype(c.dtype)
+  return module.param(name, _initial(name, c), c.shape(name), jnp.float32)
 
 
 def _initial(name, config):
@@ -105,9 +114,9 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, tokens_BT, position_BT, attends_BTS, cache=None, slot=0):
     c = self.config
-    x_BTD = _weight(self, 'embedding_VD')[tokens_BT]
+    x_BTD = _row(self, 'embedding_VD', tokens_BT)
     if c.position == 'learned':
-      x_BTD = x_BTD + _weight(self, 'position_TD')[position_BT]
+      x_BTD = x_BTD + _row(self, 'position_TD', position_BT)
     x_BTD = constrain(x_BTD, 'BTD')
     blocks = self.param('blocks', _initial_blocks, c) if self.is_initializing() else self.get_variable('params', 'blocks')
     if c.scan_layers and cache is None:

@@ -115,13 +115,14 @@ def _meta(iteration, kl_weight, known, finished):
 def _iterate(run, programs, state, frozen, prompts, key, kl_weight):
   """One iteration: (state, metrics, rollout). Seconds are measured with the devices drained in between."""
   began = time.monotonic()
-  rollout = jax.block_until_ready(programs.answer(state.params['policy'], prompts, key))
+  answer_key, learn_key = jax.random.split(key)
+  rollout = jax.block_until_ready(programs.answer(state.params['policy'], prompts, answer_key))
   answered = time.monotonic()
   extra_score_B, by_name = _extra_scores(run, rollout)
   lessons, looked = jax.block_until_ready(
     programs.look_back(state.params, frozen, rollout, jnp.float32(kl_weight), {'score_B': extra_score_B}))
   scored = time.monotonic()
-  state, learned = programs.learn(state, lessons, key)
+  state, learned = programs.learn(state, lessons, learn_key)
   learned = run.runner.fetch(learned)
   finished = time.monotonic()
   known = _measures(values(run.runner.fetch(looked)), learned) | by_name

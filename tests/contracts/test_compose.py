@@ -29,14 +29,14 @@ def compose(runner):
 
   # 2. Reward model: three ranked responses a prompt, on the backbone that SFT trained.
   comparisons = rj.Comparisons(tokens(8, 3, 24), np.ones((8, 3, 24), bool), np.tile([0, 1, 2], (8, 1)))
-  body = {'backbone': runner.fetch(sft.params['backbone'])}
-  reward = runner.place(rj.init_state(rj.initial_params(scalar, key) | body, optimizer), 'params')
+  start = rj.initial_params(scalar, key) | runner.copy({'backbone': sft.params['backbone']})
+  reward = runner.place(rj.init_state(start, optimizer), 'params')
   reward, reward_metrics = compiled_step(rj.ranking(scalar))(reward, comparisons, key)
 
   # 3. PPO: answer, score, learn. The value network starts as the reward model.
   models, sampling = rj.Models(policy, scalar, scalar), rj.Sampling(temperature=0.7, new_tokens=12, end_tokens=(0,))
-  frozen = runner.place({'reference': runner.fetch(sft.params), 'reward': runner.fetch(reward.params)}, 'params')
-  trained = {'policy': runner.fetch(sft.params), 'value': runner.fetch(reward.params)}
+  frozen = {'reference': sft.params, 'reward': reward.params}
+  trained = runner.copy({'policy': sft.params, 'value': reward.params})
   state = runner.place(rj.init_state(trained, optimizer), 'params')
   prompts = rj.Prompts(tokens(8, 12), np.ones((8, 12), bool), np.arange(8))
   answer = runner.compile(functools.partial(rj.generate, policy, sampling=sampling),
@@ -48,9 +48,9 @@ def compose(runner):
                             axis_name=runner.axis_name)
   learn = runner.compile(rj.make_update(step, epochs=2, minibatches=1, axis_name=runner.axis_name),
                          inputs=('params', 'batch', 'same'), outputs=('params', 'same'), donate=(0,))
-  rollout = answer(state.params['policy'], prompts, key)
+  rollout = answer(state.params['policy'], prompts, jax.random.key(1))
   lessons, rollout_metrics = look_back(state.params, frozen, rollout)
-  state, ppo_metrics = learn(state, lessons, key)
+  state, ppo_metrics = learn(state, lessons, jax.random.key(2))
   return sft_metrics, reward_metrics, rollout_metrics, ppo_metrics
 
 
