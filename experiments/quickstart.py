@@ -21,8 +21,8 @@ from rlhf_jax.stages.task import Task
 @dataclasses.dataclass(frozen=True)
 class WorldConfig:
   """How much the simulated people say."""
-  demonstrations: int = 6000  # answers that SFT imitates
-  ranked_prompts: int = 3000  # prompts whose answers the labeller ranks
+  demonstrations: int = 20000  # answers that SFT imitates
+  ranked_prompts: int = 10000  # prompts whose answers the labeller ranks
   answers_per_prompt: int = 4  # answers of the SFT policy to each of them
   noise: float = 0.3  # of the labeller: an answer better by this much wins with odds of e to 1
 
@@ -34,14 +34,14 @@ class Quickstart(Experiment):
 
 
 EXPERIMENT = Quickstart(
-  preset='nano',
+  preset='micro',
   data=DataConfig(limits=Limits(prompt_tokens=24, response_tokens=28)),
-  sft=SFTConfig(steps=400, batch_size=64, evaluate_every=200, checkpoint_every=200,
+  sft=SFTConfig(steps=1200, batch_size=64, evaluate_every=400, checkpoint_every=200,
                 optimizer=OptimizerConfig(learning_rate=3e-3, schedule='cosine', warmup_steps=20)),
-  reward=RewardConfig(steps=300, batch_size=32, evaluate_every=150, checkpoint_every=150,
-                      optimizer=OptimizerConfig(learning_rate=1e-3, schedule='cosine', warmup_steps=20)),
-  ppo=PPOConfig(iterations=60, batch_size=128, epochs=4, minibatches=1, kl_weight=0.03, samples_every=20,
-                checkpoint_every=20, optimizer=OptimizerConfig(learning_rate=1e-3, schedule='linear', epsilon=1e-5)),
+  reward=RewardConfig(steps=500, batch_size=32, evaluate_every=250, checkpoint_every=100,
+                      optimizer=OptimizerConfig(learning_rate=5e-4, schedule='cosine', warmup_steps=20)),
+  ppo=PPOConfig(iterations=40, batch_size=128, kl_weight=0.08, held_out_answers=8, checkpoint_every=10,
+                optimizer=OptimizerConfig(learning_rate=3e-4, schedule='linear', epsilon=1e-5)),
 )
 
 

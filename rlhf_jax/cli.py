@@ -46,10 +46,10 @@ def main(experiment, make_task, description, name=None, args=None):
 
   `make_task(experiment)` gives the Task. `name` (the module's, by default) names the run directory.
   """
-  experiment, command = configs.parse(experiment, Command(), description, args)
-  name = name or pathlib.Path(sys.argv[0]).stem
-  directory = pathlib.Path(command.run_dir or f'runs/{name}')
+  directory = pathlib.Path('runs') / (name or pathlib.Path(sys.argv[0]).stem)
   try:
+    experiment, command = configs.parse(experiment, Command(), description, args)
+    directory = pathlib.Path(command.run_dir or directory)
     return run_stages(experiment, make_task, directory, command)
   except RlhfJaxError as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
@@ -60,27 +60,30 @@ def main(experiment, make_task, description, name=None, args=None):
 
 
 def run_stages(experiment, make_task, directory, command=Command()):
-  """Runs the stages asked for; returns the results, which are in results.json too."""
+  """Runs the stages asked for, in their order; returns the results, which are in results.json too."""
   began = time.monotonic()
+  unknown = set(command.stages) - set(_STAGES)
+  if unknown:
+    raise ConfigError(f'there is no stage {min(unknown)!r}. Choose from: {", ".join(_STAGES)}.')
   _keep_compiled_programs()
   directory = _open_directory(experiment, pathlib.Path(directory), command)
   run = prepare(experiment, make_task, directory)
   results = {}
-  for name in command.stages:
-    if _finished(run, name):
-      results[name] = read_meta(run.checkpoints(name)).get('evaluation', {})
+  for name in (name for name in _STAGES if name in command.stages):
+    if run.finished(name):
+      results[name] = read_meta(run.checkpoints(name))['evaluation']
       print(f'{name}: finished before, skipped')
-      continue
-    stage_began = time.monotonic()
-    results[name] = _STAGES[name].train(run)
-    print(f'{name}: {time.monotonic() - stage_began:.0f} s')
-    if command.export:
+    else:
+      stage_began = time.monotonic()
+      results[name] = _STAGES[name].train(run)
+      print(f'{name}: {time.monotonic() - stage_began:.0f} s')
+    if command.export and not (run.stage(name) / 'export').exists():
       _export(run, name)
   if 'ppo' in command.stages:
     table, said = ppo.compare(run)
     results['table'] = table
     _write_answers(directory, said)
-    report.print_table(table, f'Answers to {len(said["SFT"][0])} held-out prompts')
+    report.print_table(table, f'{len(said["SFT"][0])} answers to {len(run.task.prompts[1])} held-out prompts')
   _say_reward_accuracy(results)
   (directory / 'results.json').write_text(json.dumps(results, indent=2, default=float))
   picture = report.draw(directory)
@@ -102,9 +105,12 @@ def prepare(experiment, make_task, directory):
     if not tokenizer_dir.exists():
       texts = [turn.text for example in task.demonstrations[0] for turn in example.prompt]
       texts += [response for example in task.demonstrations[0] for response in example.responses]
-      save_tokenizer(train_tokenizer(texts, model_config.vocab_size), tokenizer_dir)
+      unfinished = tokenizer_dir.with_suffix('.unfinished')
+      save_tokenizer(train_tokenizer(texts, model_config.vocab_size), unfinished)
+      unfinished.rename(tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
-  reward_config = model_config if experiment.reward_preset is None else preset(experiment.reward_preset, **runtime)
+  reward_config = model_config if experiment.reward_preset is None else \
+    preset(experiment.reward_preset, vocab_size=model_config.vocab_size, **runtime)
   if experiment.reward_preset is not None and experiment.ppo.shared_trunk:
     raise ConfigError("a value head on the policy's trunk, but a reward model of another size "
                       f'({experiment.reward_preset}). Drop --reward-preset or --ppo.shared-trunk.')
@@ -132,27 +138,37 @@ def _keep_compiled_programs():
 def _open_directory(experiment, directory, command):
   """The run directory, with experiment.json in it; raises ConfigError where it holds a run of another config."""
   path = directory / 'experiment.json'
-  if command.restart and directory.exists():
-    if not path.exists() and any(directory.iterdir()):
-      raise ConfigError(f'{directory} holds files but no experiment.json, so it is not a run directory and is not '
-                        'deleted. Choose another --run-dir.')
-    shutil.rmtree(directory)
   try:
+    if command.restart and directory.exists():
+      if not path.exists() and any(directory.iterdir()):
+        raise ConfigError(f'{directory} holds files but no experiment.json, so it is not a run directory and is not '
+                          'deleted. Choose another --run-dir.')
+      shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if path.exists():
-      changed = configs.differences(json.loads(path.read_text()), configs.to_json(experiment))
-      if changed:
-        raise ConfigError(f'{directory} holds a run of another config: {"; ".join(changed)}. Pass the same flags to go on, '
-                          'another --run-dir, or --restart to delete it and start anew.')
-    path.write_text(json.dumps(configs.to_json(experiment), indent=2))
+      _check_same(path, experiment)
+    unfinished = path.with_suffix('.unfinished')
+    unfinished.write_text(json.dumps(configs.to_json(experiment), indent=2))
+    unfinished.rename(path)
   except OSError as error:
     raise CheckpointError(f'cannot write to the run directory {directory}: {error.strerror}. '
                           'Choose another --run-dir.') from error
   return directory
 
 
-def _finished(run, name):
-  return run.checkpoints(name).exists() and bool((read_meta(run.checkpoints(name)) or {}).get('finished'))
+def _check_same(path, experiment):
+  """ConfigError where a stage of another config has begun; before that, what a failed start left does not count."""
+  directory = path.parent
+  try:
+    changed = configs.differences(json.loads(path.read_text()), configs.to_json(experiment))
+  except ValueError as error:
+    raise ConfigError(f'{path} is not JSON ({error}), so nobody knows which run this is. Choose another --run-dir, or '
+                      'pass --restart to delete it and start anew.') from error
+  if changed and any((directory / name).exists() for name in _STAGES):
+    raise ConfigError(f'{directory} holds a run of another config: {"; ".join(changed)}. Pass the same flags to go on, '
+                      'another --run-dir, or --restart to delete it and start anew.')
+  if changed:
+    shutil.rmtree(directory / 'tokenizer', ignore_errors=True)
 
 
 def _export(run, name):
@@ -162,9 +178,11 @@ def _export(run, name):
   params = params['policy'] if name == 'ppo' else params
   model = run.reward if name == 'reward' else run.policy
   target = run.stage(name) / 'export'
-  huggingface.save(target, model.config, jax.tree.map(np.asarray, run.runner.fetch(params)), kind=kind,
+  unfinished = target.with_suffix('.unfinished')
+  huggingface.save(unfinished, model.config, jax.tree.map(np.asarray, run.runner.fetch(params)), kind=kind,
                    end_token=run.tokenizer.eos_token_id, pad_token=pad_token(run.tokenizer))
-  save_tokenizer(run.tokenizer, target)
+  save_tokenizer(run.tokenizer, unfinished)
+  unfinished.rename(target)
 
 
 def _write_answers(directory, said):

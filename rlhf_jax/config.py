@@ -98,11 +98,12 @@ class PPOConfig:
   loss: PPOLossConfig = PPOLossConfig()
   experience: ExperienceConfig = ExperienceConfig()
   optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, schedule='linear', epsilon=1e-5)
+  held_out_answers: int = 1  # answers of each policy to every held-out prompt, for the table at the end
   samples_every: int = 10  # iterations between samples of text
   checkpoint_every: int = 10  # iterations between checkpoints
 
   def __post_init__(self):
-    _positive(self, 'iterations', 'batch_size', 'epochs', 'minibatches', 'microbatches', 'samples_every',
+    _positive(self, 'iterations', 'batch_size', 'epochs', 'minibatches', 'microbatches', 'held_out_answers', 'samples_every',
               'checkpoint_every')
     if self.temperature <= 0:
       raise ConfigError(f'PPO temperature={self.temperature}. It must be positive: greedy answers have no probability.')

@@ -212,6 +212,7 @@ def frozen_models(run):
 
 def restore(run):
   """{'policy', 'value'} of the finished stage."""
+  run.require(NAME)
   abstract = run.runner.abstract(lambda: _abstract_state(run, make_optimizer(dataclasses.replace(
     run.experiment.ppo.optimizer, schedule='constant'))).params)
   return restore_part(run.checkpoints(NAME), {'params': abstract})['params']
@@ -222,6 +223,7 @@ def compare(run):
   optimizer = make_optimizer(dataclasses.replace(run.experiment.ppo.optimizer, schedule='constant'))
   programs, frozen, trained = compile_programs(run, optimizer), frozen_models(run), restore(run)
   rows, _ = encode.prompts(run.task.prompts[1], run.tokenizer, run.experiment.data.limits)
+  rows = rows * run.experiment.ppo.held_out_answers
   rows += [rows[i % len(rows)] for i in range(-len(rows) % run.experiment.ppo.batch_size)]  # to whole batches, all counted
   table, said = {}, {}
   for name, params in (('SFT', trained | {'policy': frozen['reference']}), ('PPO', trained)):

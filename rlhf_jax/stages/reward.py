@@ -11,6 +11,7 @@ from rlhf_jax import handoff
 from rlhf_jax.checkpoint import restore_part
 from rlhf_jax.data import batches, encode
 from rlhf_jax.data.examples import Example, Turn
+from rlhf_jax.errors import DataError
 from rlhf_jax.losses.preference import beats, candidate_scores, ranking
 from rlhf_jax.model.heads import initial_params
 from rlhf_jax.stages import sft
@@ -25,8 +26,9 @@ def train(run):
   experiment, config = run.experiment, run.experiment.reward
   limits = experiment.data.limits
   train_examples, held_out_examples = _comparisons(run)
-  train_rows, _ = encode.comparisons(train_examples, run.tokenizer, limits)
-  held_out_rows, _ = encode.comparisons(held_out_examples, run.tokenizer, limits)
+  train_rows, skipped = encode.comparisons(train_examples, run.tokenizer, limits)
+  held_out_rows, also = encode.comparisons(held_out_examples, run.tokenizer, limits)
+  run.say_skipped(NAME, skipped + also, len(train_rows) + len(held_out_rows))
   source = batches.comparison_batches(train_rows, batch_size=config.batch_size, length=limits.tokens, seed=experiment.seed,
                                       part=(jax.process_index(), jax.process_count()))
   candidates = max(len(row.rows) for row in (*train_rows, *held_out_rows))
@@ -61,6 +63,9 @@ def accuracy(score_BC, rank_BC):
   gap_BCC = score_BC[:, :, None] - score_BC[:, None, :]
   right_B, pairs_B = ((gap_BCC > 0) & beats_BCC).sum((1, 2)), beats_BCC.sum((1, 2))
   counted = pairs_B > 0
+  if not counted.any():
+    raise DataError('no held-out prompt has one response ranked above another, so there is no accuracy. Hold out prompts '
+                    'whose responses differ in rank.')
   right, pairs = right_B[counted], pairs_B[counted]
   drawn = np.random.default_rng(0).integers(0, len(pairs), (1000, len(pairs)))
   low, high = np.percentile(right[drawn].sum(1) / pairs[drawn].sum(1), [2.5, 97.5])
@@ -76,6 +81,7 @@ def restore(run):
   """Parameters of the finished stage, on this run's devices; None where the run has no reward model."""
   if not run.checkpoints(NAME).exists():
     return None
+  run.require(NAME)
   abstract = {'params': run.runner.abstract(lambda: initial_params(run.reward, jax.random.key(0)))}
   return restore_part(run.checkpoints(NAME), abstract)['params']
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from rlhf_jax.checkpoint import restore_part
 from rlhf_jax.data import batches, encode
 from rlhf_jax.losses.language import cross_entropy
+from rlhf_jax.metrics import read_metrics
 from rlhf_jax.model.heads import initial_params
 from rlhf_jax.stages.descent import descend, save_final
 
@@ -15,11 +16,12 @@ NAME = 'sft'
 
 
 def train(run):
-  """Trains and checkpoints the policy; returns held-out {'loss', 'perplexity'}, before and after."""
+  """Trains and checkpoints the policy; returns held-out {'loss', 'perplexity', 'loss_before'} and the loss's metrics."""
   experiment, config = run.experiment, run.experiment.sft
   limits = experiment.data.limits
-  train_rows, _ = encode.demonstrations(run.task.demonstrations[0], run.tokenizer, limits)
-  held_out_rows, _ = encode.demonstrations(run.task.demonstrations[1], run.tokenizer, limits)
+  train_rows, skipped = encode.demonstrations(run.task.demonstrations[0], run.tokenizer, limits)
+  held_out_rows, also = encode.demonstrations(run.task.demonstrations[1], run.tokenizer, limits)
+  run.say_skipped(NAME, skipped + also, len(train_rows) + len(held_out_rows))
   source = batches.demonstration_batches(train_rows, batch_size=config.batch_size, length=limits.tokens,
                                          seed=experiment.seed, packed=config.packed,
                                          part=(jax.process_index(), jax.process_count()))
@@ -30,11 +32,13 @@ def train(run):
   state, measured = descend(run, NAME, config, loss_fn=cross_entropy(run.policy), make_params=start, batches=source,
                             held_out=held_out)
   measured['perplexity'] = math.exp(min(measured['loss'], 100.0))
+  measured['loss_before'] = read_metrics(run.stage(NAME))[0]['held_out/loss']
   save_final(run, NAME, state, measured)
   return measured
 
 
 def restore(run):
   """Parameters of the finished stage, on this run's devices: fresh buffers at every call, so that they can be donated."""
+  run.require(NAME)
   abstract = {'params': run.runner.abstract(lambda: initial_params(run.policy, jax.random.key(0)))}
   return restore_part(run.checkpoints(NAME), abstract)['params']

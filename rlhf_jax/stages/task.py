@@ -5,8 +5,10 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf_jax.checkpoint import read_meta
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.examples import Example
+from rlhf_jax.errors import CheckpointError
 from rlhf_jax.metrics import MetricsLog
 from rlhf_jax.model.heads import LanguageModel, ScalarModel
 from rlhf_jax.runners import Runner
@@ -49,6 +51,24 @@ class Run:
   def checkpoints(self, name):
     """Where the stage of that name keeps its checkpoints."""
     return self.directory / name / 'checkpoints'
+
+  def finished(self, name):
+    """Whether the stage of that name is: its newest checkpoint can be read, and is its last."""
+    try:
+      return bool(read_meta(self.checkpoints(name)).get('finished'))
+    except CheckpointError:                                                      # none yet, or damaged: it goes on from before
+      return False
+
+  def require(self, name):
+    """CheckpointError where the stage of that name is not finished: what it left is half trained, or nothing."""
+    if not self.finished(name):
+      raise CheckpointError(f'the stage {name} is not finished in {self.directory}, and what was asked for starts from the '
+                            f'model that it leaves. Run it first: add {name} to --stages.')
+
+  def say_skipped(self, name, skipped, kept):
+    """One line on examples that a stage leaves out because of their length."""
+    if skipped:
+      print(f'{name}: {skipped} of {skipped + kept} examples are longer than --data.limits allow, and are skipped')
 
   def log(self, name):
     """The metrics log of the stage of that name."""
