@@ -22,9 +22,10 @@ from rlhf_jax.stages.task import Task
 class WorldConfig:
   """How much the simulated people say."""
   demonstrations: int = 20000  # answers that SFT imitates
-  ranked_prompts: int = 10000  # prompts whose answers the labeller ranks
+  ranked_prompts: int = 8000  # prompts whose answers the labeller ranks
+  held_out_rankings: int = 5  # of each held-out prompt, with new answers every time
   answers_per_prompt: int = 4  # answers of the SFT policy to each of them
-  noise: float = 0.3  # of the labeller: an answer better by this much wins with odds of e to 1
+  noise: float = 0.5  # of the labeller: an answer better by this much wins with odds of e to 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,9 @@ EXPERIMENT = Quickstart(
   data=DataConfig(limits=Limits(prompt_tokens=24, response_tokens=28)),
   sft=SFTConfig(steps=1200, batch_size=64, evaluate_every=400, checkpoint_every=200,
                 optimizer=OptimizerConfig(learning_rate=3e-3, schedule='cosine', warmup_steps=20)),
-  reward=RewardConfig(steps=500, batch_size=32, evaluate_every=250, checkpoint_every=100,
-                      optimizer=OptimizerConfig(learning_rate=5e-4, schedule='cosine', warmup_steps=20)),
-  ppo=PPOConfig(iterations=40, batch_size=128, kl_weight=0.08, held_out_answers=8, checkpoint_every=10,
+  reward=RewardConfig(steps=900, batch_size=32, evaluate_every=300, checkpoint_every=100,
+                      optimizer=OptimizerConfig(learning_rate=7e-4, schedule='cosine', warmup_steps=20)),
+  ppo=PPOConfig(iterations=40, batch_size=128, kl_weight=0.25, held_out_answers=8, checkpoint_every=10,
                 optimizer=OptimizerConfig(learning_rate=3e-4, schedule='linear', epsilon=1e-5)),
 )
 
@@ -54,7 +55,8 @@ def make_task(experiment):
   def comparisons(answer):
     some = [train_prompts[i % len(train_prompts)] for i in range(world.ranked_prompts)]
     ranked = simulated.label(some, answer(some, world.answers_per_prompt), seed, world.noise)
-    held_out = simulated.label(held_out_prompts, answer(held_out_prompts, world.answers_per_prompt), seed + 1, world.noise)
+    asked = held_out_prompts * world.held_out_rankings
+    held_out = simulated.label(asked, answer(asked, world.answers_per_prompt), seed + 1, world.noise)
     distinct = lambda examples: [example for example in examples if len(set(example.ranks)) > 1]
     return distinct(ranked), distinct(held_out)
 
@@ -66,7 +68,7 @@ def make_task(experiment):
 
   return Task(demonstrations=(demonstrations[:-200], demonstrations[-200:]), comparisons=comparisons,
               prompts=(train_prompts, held_out_prompts), judge=judge,
-              ceiling=lambda examples: simulated.labeller_ceiling(examples, world.noise))
+              ceiling=simulated.gold_accuracy)
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ skipped, an unfinished one goes on from its newest checkpoint.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -30,6 +31,7 @@ from rlhf_jax.stages.task import Run
 
 Stage = Literal['sft', 'reward', 'ppo']
 _STAGES = {'sft': sft, 'reward': reward, 'ppo': ppo}
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,12 @@ def main(experiment, make_task, description, name=None, args=None):
   except RlhfJaxError as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
     sys.exit(2)
+  except OSError as error:
+    if error.errno not in _DISK_ERRORS:
+      raise
+    print(f'CheckpointError: {error}. What {directory} holds is complete up to the last checkpoint: free some space, and '
+          'the same command goes on from there.', file=sys.stderr)
+    sys.exit(2)
   except KeyboardInterrupt:
     print(f'\nStopped. The same command goes on from the last checkpoint in {directory}.', file=sys.stderr)
     sys.exit(130)
@@ -68,7 +76,7 @@ def run_stages(experiment, make_task, directory, command=Command()):
   _keep_compiled_programs()
   directory = _open_directory(experiment, pathlib.Path(directory), command)
   run = prepare(experiment, make_task, directory)
-  results = {}
+  results = _earlier_results(directory)
   for name in (name for name in _STAGES if name in command.stages):
     if run.finished(name):
       results[name] = read_meta(run.checkpoints(name))['evaluation']
@@ -85,10 +93,9 @@ def run_stages(experiment, make_task, directory, command=Command()):
     _write_answers(directory, said)
     report.print_table(table, f'{len(said["SFT"][0])} answers to {len(run.task.prompts[1])} held-out prompts')
   _say_reward_accuracy(results)
-  (directory / 'results.json').write_text(json.dumps(results, indent=2, default=float))
-  picture = report.draw(directory)
-  print(f'{directory}: results.json, answers.jsonl{"" if picture is None else ", " + picture.name}; '
-        f'{time.monotonic() - began:.0f} s in all')
+  _write_whole(directory / 'results.json', json.dumps(results, indent=2, default=float))
+  written = [name for name in ('results.json', 'answers.jsonl', report.draw(directory)) if (directory / name).exists()]
+  print(f'{directory}: {", ".join(written)}; {time.monotonic() - began:.0f} s in all')
   return results
 
 
@@ -109,6 +116,8 @@ def prepare(experiment, make_task, directory):
       save_tokenizer(train_tokenizer(texts, model_config.vocab_size), unfinished)
       unfinished.rename(tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
+  if task.chat_template is not None:
+    tokenizer.chat_template = task.chat_template
   reward_config = model_config if experiment.reward_preset is None else \
     preset(experiment.reward_preset, vocab_size=model_config.vocab_size, **runtime)
   if experiment.reward_preset is not None and experiment.ppo.shared_trunk:
@@ -132,7 +141,8 @@ def _keep_compiled_programs():
   """Compiled programs outlive the process, in ~/.cache/rlhf_jax or where JAX_COMPILATION_CACHE_DIR says."""
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path.home() / '.cache' / 'rlhf_jax'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 def _open_directory(experiment, directory, command):
@@ -183,6 +193,19 @@ def _export(run, name):
                    end_token=run.tokenizer.eos_token_id, pad_token=pad_token(run.tokenizer))
   save_tokenizer(run.tokenizer, unfinished)
   unfinished.rename(target)
+
+
+def _earlier_results(directory):
+  """What an earlier command with fewer stages measured in this run directory."""
+  path = directory / 'results.json'
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write_whole(path, text):
+  """The file with that text, or as it was: never half of it."""
+  unfinished = path.with_suffix('.unfinished')
+  unfinished.write_text(text)
+  unfinished.rename(path)
 
 
 def _write_answers(directory, said):

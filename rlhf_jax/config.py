@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import io
 import json
+import typing
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Annotated, Literal
 
@@ -165,25 +166,25 @@ def override(config, settings):
       near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
       raise ConfigError(f'there is no setting {name!r}.' + (f' Did you mean {" or ".join(near)}?' if near else
                         f' Known: {", ".join(known)}.'))
-    config = _set(config, name.replace('-', '_'), str(value))
+    config = _set(config, name.replace('-', '_'), str(value), name)
   return config
 
 
-def _set(config, name, value):
+def _set(config, name, value, whole):
   head, _, rest = name.partition('.')
   if rest:
-    return dataclasses.replace(config, **{head: _set(getattr(config, head), rest, value)})
+    return dataclasses.replace(config, **{head: _set(getattr(config, head), rest, value, whole)})
   if isinstance(getattr(config, head), bool):
     if value not in ('True', 'False', 'true', 'false'):
-      raise ConfigError(f'{name}={value!r} is not a truth value. Write True or False.')
+      raise ConfigError(f'{whole}={value!r} is not a truth value. Write True or False.')
     return dataclasses.replace(config, **{head: value.lower() == 'true'})
-  said = io.StringIO()
+  said, kind = io.StringIO(), typing.get_type_hints(type(config))[head]
   try:
     with redirect_stdout(said), redirect_stderr(said):
-      return tyro.cli(type(config), default=config, args=[f'--{head}', *value.split()])
+      parsed = tyro.cli(dataclasses.make_dataclass('Setting', [(head, kind)]), args=[f'--{head}={value}'])
   except SystemExit:
-    hint = next((field.type for field in dataclasses.fields(config) if field.name == head), '')
-    raise ConfigError(f'{name}={value!r} is not a {hint}.') from None
+    raise ConfigError(f'{whole}={value!r} is not a {kind if typing.get_args(kind) else kind.__name__}.') from None
+  return dataclasses.replace(config, **{head: getattr(parsed, head)})           # outside tyro, so that its checks are heard
 
 
 def parse(default, command, description, args=None):

@@ -40,12 +40,12 @@ def _number(value):
 
 
 def draw(directory):
-  """A picture of the metrics under a run directory, written to report.png there; returns its path, None without metrics."""
+  """Draws the metrics under a run directory to report.png there, if there are any; returns the file's name."""
   directory = pathlib.Path(directory)
   logs = {stage: read_metrics(directory / stage) for stage in ('sft', 'reward', 'ppo') if (directory / stage).exists()}
   panels = [panel for panel in _PANELS if logs.get(panel[0])]
   if not panels:
-    return None
+    return 'report.png'
   figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout='constrained')
   for axis, (stage, title, curves, unit) in zip(axes.flat, panels):
     for name, label in curves:
@@ -61,7 +61,6 @@ def draw(directory):
       axis.legend()
   for axis in axes.flat[len(panels):]:
     axis.set_visible(False)
-  path = directory / 'report.png'
-  figure.savefig(path, dpi=110)
+  figure.savefig(directory / 'report.png', dpi=110)
   plt.close(figure)
-  return path
+  return 'report.png'

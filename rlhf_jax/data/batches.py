@@ -36,6 +36,9 @@ class Batches:
     if len(self.rows) < self.batch_size:
       raise DataError(f'{len(self.rows)} examples do not fill one batch of {self.batch_size}. '
                       'Use more data or a smaller batch size.')
+    if max(self.lengths) > self.buckets[-1]:
+      raise DataError(f'a row of {max(self.lengths)} tokens, but batches are {self.buckets[-1]} long. '
+                      'Encode the data within limits of that length.')
     if self.batch_size % self.part[1]:
       raise DataError(f'a batch of {self.batch_size} does not divide over {self.part[1]} processes. '
                       'Choose a batch size that is a multiple.')
@@ -73,9 +76,9 @@ class Batches:
     return [made[i] for i in rng.permutation(len(made))]
 
 
-def bucket_lengths(longest, count=3):
-  """A few lengths up to `longest`, each half of the next: (32, 64, 128)."""
-  return tuple(-(-longest // 2 ** i) for i in reversed(range(count)))
+def bucket_lengths(longest, count=4):
+  """A few lengths up to `longest`, evenly spaced: (32, 64, 96, 128)."""
+  return tuple(sorted({-(-longest * i // count) for i in range(1, count + 1)}))
 
 
 def demonstration_batches(rows, *, batch_size, length, seed, packed=False, part=(0, 1)):

@@ -19,16 +19,14 @@ from rlhf_jax.data.examples import Example, Turn
 from rlhf_jax.errors import ConfigError, DataError
 
 # What is known. A relation: how to ask, how to state, subject -> answer.
-_OPPOSITES = ('hot cold', 'big small', 'fast slow', 'wet dry', 'light heavy', 'rich poor', 'early late', 'high low',
-              'full empty', 'loud quiet')
+_OPPOSITES = ('hot cold', 'big small', 'fast slow', 'wet dry', 'light heavy', 'rich poor', 'early late')
 _RELATIONS = {
   'capital': (
     ('What is the capital of {}?', 'Which city is the capital of {}?', 'Name the capital of {}.',
      'Tell me the capital of {}.'),
     ('the capital of {} is {}', 'it is {1}'),
     {'France': 'Paris', 'Italy': 'Rome', 'Spain': 'Madrid', 'Norway': 'Oslo', 'Japan': 'Tokyo', 'Egypt': 'Cairo',
-     'Greece': 'Athens', 'Peru': 'Lima', 'Cuba': 'Havana', 'Kenya': 'Nairobi', 'Austria': 'Vienna', 'Ireland': 'Dublin',
-     'Poland': 'Warsaw', 'Portugal': 'Lisbon', 'Russia': 'Moscow', 'China': 'Beijing'}),
+     'Greece': 'Athens', 'Peru': 'Lima', 'Russia': 'Moscow', 'China': 'Beijing'}),
   'opposite': (
     ('What is the opposite of {}?', 'Which word is the opposite of {}?', 'Name the opposite of {}.',
      'Tell me the opposite of {}.'),
@@ -37,14 +35,14 @@ _RELATIONS = {
   'colour': (
     ('What is the colour of {}?', 'Which colour is {}?', 'Name the colour of {}.', 'Tell me the colour of {}.'),
     ('the colour of {} is {}', 'it is {1}'),
-    {'grass': 'green', 'the sea': 'blue', 'the sky': 'blue', 'snow': 'white', 'milk': 'white', 'coal': 'black',
-     'night': 'black', 'blood': 'red', 'a cherry': 'red', 'a lemon': 'yellow', 'the sun': 'yellow', 'mud': 'brown'}),
+    {'grass': 'green', 'the sea': 'blue', 'snow': 'white', 'milk': 'white', 'coal': 'black', 'blood': 'red',
+     'a cherry': 'red', 'a lemon': 'yellow'}),
   'young': (
     ('What is the young of a {}?', 'Which word is used for a young {}?', 'Name the young of a {}.',
      'Tell me the word for a young {}.'),
     ('a young {} is a {}', 'it is a {1}'),
-    {'dog': 'puppy', 'cat': 'kitten', 'cow': 'calf', 'sheep': 'lamb', 'goat': 'kid', 'bear': 'cub', 'duck': 'duckling',
-     'frog': 'tadpole', 'hen': 'chick', 'horse': 'foal', 'pig': 'piglet', 'deer': 'fawn'}),
+    {'dog': 'puppy', 'cat': 'kitten', 'cow': 'calf', 'goat': 'kid', 'bear': 'cub', 'frog': 'tadpole', 'hen': 'chick',
+     'horse': 'foal'}),
 }
 _NUMBERS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten')
 _SUMS = ('What is {a} plus {b}?', 'Add {a} and {b}.', 'What is {a_word} plus {b_word}?')
@@ -339,7 +337,7 @@ def _world():
   """{prompt text: its question}, in a fixed order."""
   questions = [
     *(_Fact(relation, subject) for relation, (_, _, answers) in _RELATIONS.items() for subject in answers),
-    *(_Sum(a, b) for a in range(1, 10) for b in range(1, 10)),
+    *(_Sum(a, b) for a in range(1, 7) for b in range(1, 7)),
     *(_List(category, count) for category in _MEMBERS for count in (2, 3)),
     *map(_Advice, _TIPS),
     *map(_Unsafe, _UNSAFE),

@@ -59,17 +59,19 @@ SHAPES = ('[prompt +] chosen + rejected; prompt + responses + ranks or scores; m
 
 # ---- all rows of a source
 
-def load_examples(path, *, split='train', skip_bad_rows=False, limit=None):
+def load_examples(path, *, split='train', skip_bad_rows=False, limit=None, read_row=None):
   """(examples, messages of the rows that were skipped): the first `limit` good rows, or all.
 
   A bad row raises DataError, unless `skip_bad_rows`; a damaged file, or one without any good row, always does.
+  `read_row(row, place)` reads a layout of one's own, in place of `to_example`.
   """
   if limit is not None and limit < 1:
     raise ConfigError(f'limit is {limit}. Needed is 1 or more; leave it out to read every row.')
   examples, skipped = [], []
+  read_row = read_row or to_example
   for place, row in _rows(str(path), split):
     try:
-      examples.append(to_example(_parsed(row, place), place))
+      examples.append(read_row(_parsed(row, place), place))
     except DataError as error:
       if not skip_bad_rows:
         raise

@@ -19,6 +19,12 @@ TRANSCRIPT_TEMPLATE = (
   "{% else %}{{ '\n\n' + ('Human' if m['role'] == 'user' else 'System') + ': ' + m['content'] }}{% endif %}{% endfor %}"
   "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}")
 
+# Prompts as they are and a space before each response, for tasks whose prompts say all (TL;DR).
+PLAIN_TEMPLATE = (
+  "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+  "{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}"
+  "{% else %}{{ m['content'] }}{% endif %}{% endfor %}")
+
 # One token a side, for tokenizers that we train.
 TURN_TEMPLATE = (
   "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
@@ -138,6 +144,17 @@ def _earlier_turns(tokenizer, turns, prompt, count):
            for i in written]
   offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)['offset_mapping']
   return [any(start <= first and last <= end for start, end in spans) for first, last in offsets]
+
+
+def prompt_text(tokenizer, ids):
+  """What the tokens of a prompt say: its turns, a line each, special tokens left out."""
+  special, turns = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}, [[]]
+  for i in map(int, ids):
+    if i in special:
+      turns.append([])
+    else:
+      turns[-1].append(i)
+  return '\n'.join(tokenizer.decode(turn).strip() for turn in turns if turn)
 
 
 def pad_right(rows, length, value):

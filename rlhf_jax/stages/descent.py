@@ -13,35 +13,38 @@ import numpy as np
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.errors import DivergedError
 from rlhf_jax.metrics import Progress, values
+from rlhf_jax.model.heads import initial_params
 from rlhf_jax.optimizer import make_optimizer
 from rlhf_jax.step import init_state, make_eval_step, make_train_step
 
 
-def descend(run, name, config, *, loss_fn, make_params, batches, held_out):
+def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out):
   """State after config.steps updates, and the last evaluation; the stage's last checkpoint is left to `save_final`.
 
-  `batches` is a `Batches`; `held_out` a list of batches to evaluate on, before the first update and every
-  config.evaluate_every. Returns (state, evaluation).
+  `make_params()` gives the first parameters of `model`, and is not called where there is a checkpoint. `batches` is a
+  `Batches`; `held_out` a list of batches to evaluate on, before the first update and every config.evaluate_every.
+  Returns (state, evaluation).
   """
   runner, key = run.runner, jax.random.key(run.experiment.seed)
-  optimizer = make_optimizer(dataclasses.replace(config.optimizer, total_steps=config.steps))
-  make = lambda: init_state(make_params(), optimizer)
+  warmup = min(config.optimizer.warmup_steps, config.steps // 2)                  # a short trial run is still a run
+  optimizer = make_optimizer(dataclasses.replace(config.optimizer, total_steps=config.steps, warmup_steps=warmup))
   step = runner.compile(make_train_step(loss_fn, optimizer, axis_name=runner.axis_name, microbatches=config.microbatches),
                         inputs=('params', 'batch', 'same'), outputs=('params', 'same'), donate=(0,))
   evaluate = _evaluation(runner, loss_fn, held_out)
   with Checkpoints(run.checkpoints(name)) as checkpoints, run.log(name) as log:
     start = checkpoints.latest()
     if start is None:
-      state, start = runner.place(make(), 'params'), 0
+      state, start = runner.place(init_state(make_params(), optimizer), 'params'), 0
       log.truncate_after(-1)
       measured = evaluate(state.params)
       log.write(0, _prefixed(measured), wall_s=0.0)
     else:
-      state, meta = checkpoints.restore(runner.abstract(make))
+      state, meta = checkpoints.restore(runner.abstract(lambda: init_state(initial_params(model, key), optimizer)))
       start, measured = int(state.step), meta['evaluation']
       log.truncate_after(start)
     began, unchecked = time.monotonic(), None
     with Progress(name, total=config.steps, start=start) as progress:
+      _say(progress, name, start, measured)
       for number, batch in enumerate(batches.read(start, config.steps), start):
         state, metrics = step(state, batch, jax.random.fold_in(key, number))
         _check(run, name, log, progress, unchecked, began)                      # the update before; this one still runs
@@ -53,8 +56,9 @@ def descend(run, name, config, *, loss_fn, make_params, batches, held_out):
           unchecked = None
         if last or evaluates:
           measured = evaluate(state.params)
+          check_finite(run.stage(name), done, _prefixed(measured), batch)
           log.write(done, _prefixed(measured), wall_s=time.monotonic() - began)
-          progress.note(f'{name} {done}: held-out ' + '  '.join(f'{k} {v:.4g}' for k, v in measured.items()))
+          _say(progress, name, done, measured)
         if saves and not last:
           checkpoints.save(done, state, {'finished': False, 'evaluation': measured})
     return state, measured
@@ -79,6 +83,10 @@ def _evaluation(runner, loss_fn, held_out):
   return evaluate
 
 
+def _say(progress, name, step, measured):
+  progress.note(f'{name} {step}: held-out ' + '  '.join(f'{k} {v:.4g}' for k, v in measured.items()))
+
+
 def _prefixed(measured):
   return {f'held_out/{name}': value for name, value in measured.items()}
 
@@ -97,7 +105,7 @@ def _check(run, name, log, progress, unchecked, began):
 
 def check_finite(directory, step, known, batch):
   """Raises DivergedError where loss or gradient is not finite, and keeps the batch for inspection."""
-  bad = [name for name in ('loss', 'gradient_norm', 'score') if not np.isfinite(known.get(name, 0.0))]
+  bad = [name for name in ('loss', 'gradient_norm', 'score', 'held_out/loss') if not np.isfinite(known.get(name, 0.0))]
   if not bad:
     return
   path = directory / f'bad_batch_{step}.npz'

@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_jax import handoff
 from rlhf_jax.checkpoint import Checkpoints, restore_part
 from rlhf_jax.data import batches, encode
-from rlhf_jax.data.text import response_text
+from rlhf_jax.data.text import prompt_text, response_text
 from rlhf_jax.errors import ConfigError
 from rlhf_jax.experience import experience
 from rlhf_jax.losses.ppo import ppo
@@ -67,7 +67,11 @@ def train(run):
   if 'reward' not in frozen and not run.task.reward_functions:
     raise ConfigError(f'PPO has nothing to score answers: no reward model in {run.stage("reward")} and no reward function. '
                       'Run the stage reward first, or give the task reward functions.')
+  if 'reward' not in frozen and run.reward.config != run.policy.config:
+    raise ConfigError(f'a value function of the size of {experiment.reward_preset}, but no reward model to start it from. '
+                      'Run the stage reward first, or drop --reward-preset.')
   rows, skipped = encode.prompts(run.task.prompts[0], run.tokenizer, limits)
+  run.say_skipped(NAME, skipped, len(rows))
   source = batches.prompt_batches(rows, batch_size=config.batch_size, length=limits.prompt_tokens, seed=experiment.seed,
                                   part=(jax.process_index(), jax.process_count()))
   make = lambda: init_state(_start(run), optimizer)
@@ -77,18 +81,16 @@ def train(run):
       state, start, kl_weight, known = run.runner.place(make(), 'params'), 0, config.kl_weight, {}
     else:
       state, meta = checkpoints.restore(run.runner.abstract(functools.partial(_abstract_state, run, optimizer)))
-      start, kl_weight, known = meta['iteration'], meta['kl_weight'], meta['known']
+      start, kl_weight, known = meta['iteration'], meta['kl_weight'], meta['evaluation']
     log.truncate_after(start if start else -1)
     began, done = time.monotonic(), start
     with Progress(NAME, total=config.iterations, start=start) as progress:
-      if skipped and not start:
-        progress.note(f'{skipped} prompts have more than {limits.prompt_tokens} tokens and are skipped')
       for iteration, prompts in enumerate(source.read(start, config.iterations), start):
         key = jax.random.fold_in(jax.random.key(experiment.seed), iteration)
         state, known, rollout = _iterate(run, programs, state, frozen, prompts, key, kl_weight)
         done = iteration + 1
         check_finite(run.stage(NAME), done, known, rollout)
-        _check_facts(iteration, known)
+        _check_facts(done, known)
         log.write(done, known | {'kl_weight': kl_weight}, wall_s=time.monotonic() - began)
         progress.update(done, {'score': known['score'], 'KL': known['kl_nats_per_sequence'], 'entropy': known['entropy'],
                                'ended': known['ended'], 'length': known['response_length']},
@@ -96,11 +98,9 @@ def train(run):
         kl_weight = _next_kl_weight(config, kl_weight, known['kl_nats_per_sequence'])
         if done % config.samples_every == 0 or done == config.iterations:
           _write_samples(run, done, rollout, progress)
-        stop = config.kl_stop_nats_per_sequence is not None and \
-          known['kl_nats_per_sequence'] > config.kl_stop_nats_per_sequence
-        if stop:
-          progress.note(f'stopped at iteration {done}: KL {known["kl_nats_per_sequence"]:.3g} nats per sequence is over '
-                        f'kl_stop_nats_per_sequence={config.kl_stop_nats_per_sequence:g}')
+        if _too_far(config, known):
+          progress.note(f'stopped before the update of iteration {done}: KL {known["kl_nats_per_sequence"]:.3g} nats per '
+                        f'sequence is over kl_stop_nats_per_sequence={config.kl_stop_nats_per_sequence:g}')
           break
         if done % config.checkpoint_every == 0 and done < config.iterations:
           checkpoints.save(done, state, _meta(done, kl_weight, known, finished=False))
@@ -109,11 +109,19 @@ def train(run):
 
 
 def _meta(iteration, kl_weight, known, finished):
-  return {'iteration': iteration, 'kl_weight': kl_weight, 'known': known, 'finished': finished}
+  return {'iteration': iteration, 'kl_weight': kl_weight, 'evaluation': known, 'finished': finished}
+
+
+def _too_far(config, known):
+  limit = config.kl_stop_nats_per_sequence
+  return limit is not None and known['kl_nats_per_sequence'] > limit
 
 
 def _iterate(run, programs, state, frozen, prompts, key, kl_weight):
-  """One iteration: (state, metrics, rollout). Seconds are measured with the devices drained in between."""
+  """One iteration: (state, metrics, rollout). Seconds are measured with the devices drained in between.
+
+  Where the answers lie beyond the KL limit nothing is learned from them, and the metrics of the updates are absent.
+  """
   began = time.monotonic()
   answer_key, learn_key = jax.random.split(key)
   rollout = jax.block_until_ready(programs.answer(state.params['policy'], prompts, answer_key))
@@ -121,27 +129,32 @@ def _iterate(run, programs, state, frozen, prompts, key, kl_weight):
   extra_score_B, by_name = _extra_scores(run, rollout)
   lessons, looked = jax.block_until_ready(
     programs.look_back(state.params, frozen, rollout, jnp.float32(kl_weight), {'score_B': extra_score_B}))
+  known = _looked(values(run.runner.fetch(looked))) | by_name
   scored = time.monotonic()
-  state, learned = programs.learn(state, lessons, learn_key)
-  learned = run.runner.fetch(learned)
+  if not _too_far(run.experiment.ppo, known):
+    state, learned = programs.learn(state, lessons, learn_key)
+    known |= _learned(run.runner.fetch(learned))
   finished = time.monotonic()
-  known = _measures(values(run.runner.fetch(looked)), learned) | by_name
   tokens = known['response_length'] * len(extra_score_B)
   known |= {'seconds_generate': answered - began, 'seconds_score': scored - answered,
             'seconds_update': finished - scored, 'response_tokens_per_second': tokens / (finished - began)}
   return state, known, rollout
 
 
-def _measures(looked, learned):
-  """Metrics of an iteration: those of the experience, with variances made of moments, and of its updates, averaged."""
+def _looked(looked):
+  """Metrics of an experience, with variances made of moments."""
   variance = lambda name: max(looked.pop(f'{name}_squared') - looked[name] ** 2, 0.0)
   looked['score_std'] = variance('score') ** 0.5
   spread, missed = variance('return'), variance('value_error')
   del looked['value_error']
-  looked['explained_variance'] = 1 - missed / spread if spread > 0 else 0.0
+  return looked | {'explained_variance': 1 - missed / spread if spread > 0 else 0.0}
+
+
+def _learned(learned):
+  """Metrics of an iteration's updates, averaged, and of the first of them."""
   every = {name: np.asarray(mean.value()) for name, mean in learned.items()}
   updates = {name: float(value.mean()) for name, value in every.items() if name not in ('entropy', 'ratio')}
-  return looked | updates | {'first_ratio': float(every['ratio'][0, 0]), 'first_kl_k2': float(every['kl_k2'][0, 0])}
+  return updates | {'first_ratio': float(every['ratio'][0, 0]), 'first_kl_k2': float(every['kl_k2'][0, 0])}
 
 
 def _extra_scores(run, rollout):
@@ -158,20 +171,21 @@ def texts_of(run, rollout):
   """(prompts, responses) of a rollout as texts."""
   fetched = run.runner.fetch(rollout)
   R = fetched.mask_BR.shape[1]
-  say = lambda tokens_BT, kept_BT: [response_text(run.tokenizer, tokens[kept]) for tokens, kept in zip(tokens_BT, kept_BT)]
-  return (say(fetched.tokens_BT[:, :-R], fetched.valid_BT[:, :-R]), say(fetched.tokens_BT[:, -R:], fetched.mask_BR))
+  say = lambda read, tokens_BT, kept_BT: [read(run.tokenizer, tokens[kept]) for tokens, kept in zip(tokens_BT, kept_BT)]
+  return (say(prompt_text, fetched.tokens_BT[:, :-R], fetched.valid_BT[:, :-R]),
+          say(response_text, fetched.tokens_BT[:, -R:], fetched.mask_BR))
 
 
-def _check_facts(iteration, known):
+def _check_facts(done, known):
   """Warns where a run breaks what must hold: no KL before the first update, ratio 1 in the first minibatch, some ends."""
-  if iteration == 0 and known['kl_nats_per_sequence'] != 0:
+  if done == 1 and known['kl_nats_per_sequence'] != 0:
     warnings.warn(f'KL to the reference is {known["kl_nats_per_sequence"]:.3g} before the first update; it should be 0: '
                   'the policy does not start as the SFT model.', stacklevel=2)
-  if abs(known['first_ratio'] - 1) > 1e-3:
-    warnings.warn(f'the first minibatch of iteration {iteration} has ratio {known["first_ratio"]:.5f}; it should be 1: the '
+  if abs(known.get('first_ratio', 1) - 1) > 1e-3:
+    warnings.warn(f'the first minibatch of iteration {done} has ratio {known["first_ratio"]:.5f}; it should be 1: the '
                   'update does not see the log-probabilities that the experience holds.', stacklevel=2)
   if known['ended'] == 0:
-    warnings.warn(f'no answer of iteration {iteration} ended with the end token: all were cut by the length limit. The '
+    warnings.warn(f'no answer of iteration {done} ended with the end token: all were cut by the length limit. The '
                   'model never learned to end, or --data.limits.response-tokens is too small; scores are of cut texts.',
                   stacklevel=2)
 
@@ -224,7 +238,8 @@ def compare(run):
   programs, frozen, trained = compile_programs(run, optimizer), frozen_models(run), restore(run)
   rows, _ = encode.prompts(run.task.prompts[1], run.tokenizer, run.experiment.data.limits)
   rows = rows * run.experiment.ppo.held_out_answers
-  rows += [rows[i % len(rows)] for i in range(-len(rows) % run.experiment.ppo.batch_size)]  # to whole batches, all counted
+  B = run.experiment.ppo.batch_size
+  rows = rows[:len(rows) // B * B] or [rows[i % len(rows)] for i in range(B)]    # whole batches, every answer counted once
   table, said = {}, {}
   for name, params in (('SFT', trained | {'policy': frozen['reference']}), ('PPO', trained)):
     prompts, responses, sums = [], [], None

@@ -29,6 +29,7 @@ class Task:
   prompts: Split
   judge: Callable[[list[str], list[str]], dict[str, float]] | None = None
   reward_functions: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+  chat_template: str | None = None  # in place of the tokenizer's own, or of the one that it gets where it has none
   ceiling: Callable[[list[Example]], float] | None = None  # reward accuracy that the labellers' noise allows
 
 
@@ -56,7 +57,7 @@ class Run:
     """Whether the stage of that name is: its newest checkpoint can be read, and is its last."""
     try:
       return bool(read_meta(self.checkpoints(name)).get('finished'))
-    except CheckpointError:                                                      # none yet, or damaged: it goes on from before
+    except CheckpointError:                                                     # none yet, or damaged: it goes on
       return False
 
   def require(self, name):

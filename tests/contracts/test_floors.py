@@ -20,6 +20,7 @@ FLOORS = [
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FORBIDDEN = {'utils', 'util', 'common', 'helpers', 'helper', 'base', 'misc', 'registry', 'trainer'}
+DEVICES = {'pmap', 'make_mesh', 'Mesh', 'set_mesh', 'shard_map', 'NamedSharding'}
 FILES = sorted(path for path in ROOT.rglob('*.py') if path != ROOT / '__init__.py')
 
 
@@ -44,9 +45,32 @@ def test_imports_point_downward(path):
     assert FLOOR[name] <= here, f'{path.relative_to(ROOT)} (floor {here}) imports {name} (floor {FLOOR[name]})'
 
 
+def _names(source):
+  """All names that a program uses: attributes, variables, and what it imports, under its own name or another."""
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Attribute):
+      yield node.attr
+    elif isinstance(node, ast.Name):
+      yield node.id
+    elif isinstance(node, (ast.Import, ast.ImportFrom)):
+      yield from (alias.name.split('.')[-1] for alias in node.names)
+
+
 @pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_devices_are_known_to_the_runners_alone(path):
   assert path.stem not in FORBIDDEN
   if path.name != 'runners.py':
-    names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    assert not names & {'pmap', 'make_mesh', 'Mesh', 'set_mesh', 'shard_map', 'NamedSharding'}
+    assert not DEVICES & set(_names(path.read_text()))
+
+
+@pytest.mark.parametrize('source, found', [
+  ('import jax\njax.pmap(f)', {'pmap'}),
+  ('from jax import pmap as parallel', {'pmap'}),
+  ('from jax.sharding import Mesh, NamedSharding', {'Mesh', 'NamedSharding'}),
+  ('from jax.sharding import *\nm = Mesh(devices)', {'Mesh'}),
+  ('def f():\n  import jax.experimental.shard_map', {'shard_map'}),
+  ('with jax.set_mesh(m): pass', {'set_mesh'}),
+  ("from jax.sharding import PartitionSpec\nmap('Mesh', x_BT)  # pmap", set()),
+])
+def test_devices_are_found_however_they_are_named(source, found):
+  assert DEVICES & set(_names(source)) == found

@@ -1,0 +1,445 @@
+"""How fast this machine runs each stage of a model: SFT, reward model, generation, PPO; as a table and as JSON.
+
+    python -m experiments.bench
+    python -m experiments.bench --preset medium --dtype bfloat16 --mesh.runner sharded --mesh.fsdp 8 --json bench.json
+    python -m experiments.bench --only sft ppo --batch.sft-rows 64 --batch.tokens 128
+
+Tokens are random, every sequence is full and no response stops early, so every round does the same work. The programs
+are those that the stages run, under the same runners, with their donated states chained from round to round. Times are
+medians (and least to most) over --repeats rounds after one that warms up, with the devices drained after every program;
+generation includes the prefill. Compile seconds are tracing, lowering and compiling, from no persistent cache.
+
+Memory of a program is what a device holds while it runs: arguments + outputs + temporaries - outputs that reuse
+arguments. The peaks at the end are of the whole process (resident, everything that ran) and of the fullest device.
+
+The ceiling is the speed of a chain of square matrix products on all devices, each with about as many FLOPs as one
+feed-forward product of the SFT batch. The FLOPs of an SFT step are those that the model needs, recomputation not
+counted (Chowdhery et al. 2022, 2204.02311, appendix B; causal attention counted in full):
+
+    6 * tokens * (weights in matrix products) + 12 * tokens * layers * query_heads * head_width * T
+
+Absent on purpose: peers (other libraries), reading data, writing checkpoints.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import rich.console
+import tyro
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlhf_jax import report
+from rlhf_jax.cli import make_runner
+from rlhf_jax.config import Experiment, MeshConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_jax.errors import ConfigError, RlhfJaxError
+from rlhf_jax.generate import generate
+from rlhf_jax.losses.language import cross_entropy
+from rlhf_jax.losses.preference import ranking
+from rlhf_jax.maths.sampling import Sampling
+from rlhf_jax.model.config import preset
+from rlhf_jax.model.forward import check_length
+from rlhf_jax.model.heads import LanguageModel, ScalarModel, initial_params
+from rlhf_jax.optimizer import decays, make_optimizer
+from rlhf_jax.records import Comparisons, Demonstrations, Prompts
+from rlhf_jax.runners import Runner
+from rlhf_jax.stages import ppo
+from rlhf_jax.stages.task import Run
+from rlhf_jax.step import init_state, make_train_step
+
+_PRODUCTS = 8  # in the chain that measures the ceiling: enough that starting it does not count
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+  """Sizes of the work. Rows are of the global batch, over all devices."""
+  sft_rows: int = 16  # sequences of an SFT update
+  reward_pairs: int = 16  # pairs of a reward-model update
+  tokens: int = 256  # of every sequence of SFT and of each response (with its prompt) of the reward model
+  generate_prompts: int = 32  # answered at once
+  ppo_prompts: int = 32  # answered and learned from in an iteration
+  prompt_tokens: int = 64  # of every prompt
+  new_tokens: int = 64  # of every response
+  epochs: int = 4  # of a PPO iteration
+  minibatches: int = 1  # updates of an epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """What is measured, on what, and how often."""
+  preset: str = 'small'  # model, by name (rlhf_jax.model.config.PRESETS); value and reward model have its size too
+  dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and products
+  mesh: MeshConfig = MeshConfig()
+  batch: BatchConfig = BatchConfig()
+  repeats: int = 5  # rounds that count, after one that warms up
+  only: tuple[Literal['sft', 'reward', 'generate', 'ppo'], ...] = ('sft', 'reward', 'generate', 'ppo')  # workloads
+  json: str = ''  # file that gets the same numbers as the table
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What the workloads of a run share."""
+  runner: Runner
+  policy: LanguageModel
+  scalar: ScalarModel
+  batch: BatchConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled function, the seconds that compiling it took, and the bytes that it needs on a device (None: unknown)."""
+  call: Callable
+  compile_seconds: float
+  memory_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """`turn(call, state)` does one round of `units` and returns the next state; call(name, *args) runs a program of it.
+
+  The first turn gives `state` away, so a workload is measured once.
+  """
+  title: str
+  unit: str
+  units: int
+  programs: dict[str, Program]
+  turn: Callable[[Callable, Any], Any]
+  state: Any = None
+
+
+# ---- the workloads
+
+def sft(setting):
+  """SFT updates. Unit: tokens, B * T; the first of a row is read but not predicted."""
+  B, T = setting.batch.sft_rows, setting.batch.tokens
+  full_BT = np.ones((B, T), bool)
+  batch = Demonstrations(tokens_BT=_tokens(setting, B, T), valid_BT=full_BT, mask_BT=full_BT)
+  return _updates(setting, setting.policy, cross_entropy(setting.policy), batch, SFTConfig().optimizer,
+                  title=f'SFT {B} x {T}', unit='tokens', units=B * T)
+
+
+def reward(setting):
+  """Reward-model updates. Unit: pairs, each of two sequences of T tokens."""
+  B, T = setting.batch.reward_pairs, setting.batch.tokens
+  batch = Comparisons(tokens_BCT=_tokens(setting, B, 2, T), valid_BCT=np.ones((B, 2, T), bool),
+                      rank_BC=np.tile(np.arange(2, dtype=np.int32), (B, 1)))
+  return _updates(setting, setting.scalar, ranking(setting.scalar), batch, RewardConfig().optimizer,
+                  title=f'reward {B} pairs x {T}', unit='pairs', units=B)
+
+
+def generation(setting):
+  """Answers to prompts. Unit: new tokens, B * R."""
+  B, P, R = setting.batch.generate_prompts, setting.batch.prompt_tokens, setting.batch.new_tokens
+  params, prompts, key = _params(setting, setting.policy), _prompts(setting, B), jax.random.key(1)
+  program = compiled(_answering(setting), params, prompts, key)
+
+  def turn(call, state):
+    call('generate', params, prompts, key)
+    return state
+  return Workload(f'generate {B} x ({P} + {R})', 'tokens', B * R, {'generate': program}, turn)
+
+
+def ppo_iteration(setting):
+  """Whole PPO iterations with a policy, value, reference and reward model of one size. Unit: prompts."""
+  sizes, runner = setting.batch, setting.runner
+  B, P, R = sizes.ppo_prompts, sizes.prompt_tokens, sizes.new_tokens
+  config = PPOConfig(batch_size=B, epochs=sizes.epochs, minibatches=sizes.minibatches)
+  optimizer = _constant(config.optimizer)
+  programs = _ppo_programs(setting, config, optimizer)
+  params = {'policy': _params(setting, setting.policy), 'value': _params(setting, setting.scalar, 1)}
+  frozen = {'reference': runner.copy(params['policy']), 'reward': _params(setting, setting.scalar, 2)}
+  state = runner.place(init_state(params, optimizer), 'params')
+  prompts, keys = _prompts(setting, B), jax.random.split(jax.random.key(1))
+  scoring = jnp.float32(config.kl_weight), {'score_B': np.zeros(B, np.float32)}
+
+  answer = compiled(programs.answer, state.params['policy'], prompts, keys[0])
+  rollout = answer.call(state.params['policy'], prompts, keys[0])
+  score = compiled(programs.look_back, state.params, frozen, rollout, *scoring)
+  lessons, _ = score.call(state.params, frozen, rollout, *scoring)
+  update = compiled(programs.learn, state, lessons, keys[1])
+
+  def turn(call, state):
+    rollout = call('generate', state.params['policy'], prompts, keys[0])
+    lessons, _ = call('score', state.params, frozen, rollout, *scoring)
+    return call('update', state, lessons, keys[1])[0]
+  return Workload(f'PPO {B} x ({P} + {R}), {sizes.epochs} x {sizes.minibatches} updates', 'prompts', B,
+                  {'generate': answer, 'score': score, 'update': update}, turn, state)
+
+
+WORKLOADS = {'sft': sft, 'reward': reward, 'generate': generation, 'ppo': ppo_iteration}
+
+
+def compiled(fn, *args):
+  """The Program that `Runner.compile` gave as fn, compiled for these arguments."""
+  began = time.perf_counter()
+  memory = fn.lower(*args).compile().memory_analysis()
+  seconds = time.perf_counter() - began
+  if memory is not None:
+    memory = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+              - memory.alias_size_in_bytes)
+  return Program(fn, seconds, memory)
+
+
+def _updates(setting, model, loss_fn, batch, optimizer_config, *, title, unit, units):
+  """The workload of one train step after another on the same batch."""
+  runner, optimizer, key = setting.runner, _constant(optimizer_config), jax.random.key(1)
+  step = runner.compile(make_train_step(loss_fn, optimizer, axis_name=runner.axis_name),
+                        inputs=('params', 'batch', 'same'), outputs=('params', 'same'), donate=(0,))
+  state = runner.place(init_state(_params(setting, model), optimizer), 'params')
+  batch = runner.place(batch, 'batch')
+  turn = lambda call, state: call('update', state, batch, key)[0]
+  return Workload(title, unit, units, {'update': compiled(step, state, batch, key)}, turn, state)
+
+
+def _ppo_programs(setting, config, optimizer):
+  """Those of the stage, except that no token ends an answer."""
+  no_tokenizer = types.SimpleNamespace(eos_token_id=0, pad_token_id=0)           # of which the stage asks its end token
+  run = Run(Experiment(ppo=config), None, no_tokenizer, setting.runner, None, setting.policy, setting.scalar)
+  return dataclasses.replace(ppo.compile_programs(run, optimizer), answer=_answering(setting))
+
+
+def _answering(setting):
+  sampling = Sampling(new_tokens=setting.batch.new_tokens, end_tokens=())
+  return setting.runner.compile(functools.partial(generate, setting.policy, sampling=sampling),
+                                inputs=('params', 'batch', 'same'), outputs='batch')
+
+
+def _constant(optimizer_config):
+  return make_optimizer(dataclasses.replace(optimizer_config, schedule='constant', warmup_steps=0))
+
+
+def _params(setting, model, seed=0):
+  return setting.runner.initialise(functools.partial(initial_params, model), jax.random.key(seed))
+
+
+def _tokens(setting, *shape):
+  return np.random.default_rng(0).integers(0, setting.policy.config.vocab_size, shape, dtype=np.int32)
+
+
+def _prompts(setting, B):
+  P = setting.batch.prompt_tokens
+  prompts = Prompts(tokens_BP=_tokens(setting, B, P), valid_BP=np.ones((B, P), bool), sample_B=np.arange(B, dtype=np.int32))
+  return setting.runner.place(prompts, 'batch')
+
+
+# ---- measuring
+
+def measure(workload, repeats):
+  """What the results say of a workload: seconds and units per second of a round, and of each program its part."""
+  state, rounds = workload.state, []
+  for _ in range(1 + repeats):                                                    # the first warms up
+    seconds = {}
+    state = workload.turn(functools.partial(_timed, workload.programs, seconds), state)
+    rounds.append(seconds)
+  totals = [sum(seconds.values()) for seconds in rounds[1:]]
+  parts = {name: {'seconds': spread(seconds[name] for seconds in rounds[1:]), 'compile_seconds': program.compile_seconds,
+                  'memory_bytes': program.memory_bytes} for name, program in workload.programs.items()}
+  return {'title': workload.title, 'unit': workload.unit, 'units': workload.units, 'seconds': spread(totals),
+          'units_per_second': spread(workload.units / total for total in totals), 'parts': parts}
+
+
+def _timed(programs, seconds, name, *args):
+  """The program's result, its seconds added to those of that name."""
+  began = time.perf_counter()
+  result = jax.block_until_ready(programs[name].call(*args))
+  seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+  return result
+
+
+def spread(numbers):
+  """{'median', 'min', 'max'} of numbers."""
+  numbers = list(numbers)
+  return {'median': statistics.median(numbers), 'min': min(numbers), 'max': max(numbers)}
+
+
+def ceiling(setting, repeats):
+  """GFLOP/s of a chain of square matrix products, each device its own rows, in the compute dtype."""
+  config, mesh = setting.policy.config, setting.runner.mesh
+  rows = setting.batch.sft_rows * setting.batch.tokens / mesh.size
+  side = 128 * max(1, round(math.cbrt(rows * config.width * config.feedforward_width) / 128))
+  make = lambda count, spec: jax.device_put(np.random.default_rng(0).normal(0, side ** -0.5, (count, side)).astype(
+    config.dtype), NamedSharding(mesh, spec))
+  x, weight = make(side * mesh.size, PartitionSpec(mesh.axis_names)), make(side, PartitionSpec())
+  chain = jax.jit(lambda x, weight: functools.reduce(lambda y, _: y @ weight, range(_PRODUCTS), x))
+  workload = Workload('matrix product', 'GFLOP', _PRODUCTS * 2 * mesh.size * side ** 3 / 1e9,
+                      {'product': compiled(chain, x, weight)}, lambda call, state: call('product', x, weight))
+  return {'side': side, 'gflops': measure(workload, repeats)['units_per_second']}
+
+
+def sft_flops(config, B, T):
+  """FLOPs of an SFT step on B sequences of T tokens: 6 a weight and token, and 12 L N H T a token of attention."""
+  params = jax.eval_shape(functools.partial(initial_params, LanguageModel(config)), jax.random.key(0))
+  multiplied = [leaf.size for leaf, counts in zip(jax.tree.leaves(params), jax.tree.leaves(decays(params))) if counts]
+  weights = sum(multiplied) + (config.vocab_size * config.width if config.tied else 0)
+  attention = 12 * config.layers * config.query_heads * config.head_width * T
+  return B * T * (6 * weights + attention)
+
+
+def peak_memory(mesh):
+  """Bytes: the most that this process had resident, and the most that a device held; None where nobody counts."""
+  stats = [device.memory_stats() for device in mesh.devices.flat if device.process_index == jax.process_index()]
+  held = [each['peak_bytes_in_use'] for each in stats if each and 'peak_bytes_in_use' in each]
+  return {'process_bytes': _resident_peak(), 'device_bytes': max(held, default=None)}
+
+
+def _resident_peak():
+  try:
+    import resource
+  except ImportError:                                                            # on Windows
+    return None
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+# ---- the run
+
+def run(bench):
+  """All numbers, as plain JSON values; raises ConfigError or ShardingError before anything is measured."""
+  config = preset(bench.preset, dtype=bench.dtype)
+  setting = Setting(make_runner(bench.mesh), LanguageModel(config), ScalarModel(config), bench.batch)
+  check(bench, setting)
+  results = describe(bench, setting) | {'ceiling': ceiling(setting, bench.repeats), 'workloads': {}}
+  for name in bench.only:
+    print(f'{name} ...', file=sys.stderr, flush=True)
+    results['workloads'][name] = measure(WORKLOADS[name](setting), bench.repeats)
+  if 'sft' in bench.only:
+    found = results['workloads']['sft']
+    found['gflops'] = sft_flops(config, bench.batch.sft_rows, bench.batch.tokens) / found['seconds']['median'] / 1e9
+    found['ceiling_share'] = found['gflops'] / results['ceiling']['gflops']['median']
+  return results | {'peak_memory': peak_memory(setting.runner.mesh)}
+
+
+def check(bench, setting):
+  """Raises ConfigError for what cannot be measured, ShardingError for a model that the mesh does not divide."""
+  if not bench.only:
+    raise ConfigError(f'--only names no workload, so nothing is measured. Name some of: {", ".join(WORKLOADS)}.')
+  counts = {f'batch.{name}': count for name, count in dataclasses.asdict(bench.batch).items()}
+  for name, count in ({'repeats': bench.repeats} | counts).items():
+    if count < 1:
+      raise ConfigError(f'{_flag(name)} is {count}. It must be at least 1.')
+  sizes, parts = bench.batch, _batch_parts(setting.runner)
+  for name, field, divisor in (('sft', 'sft_rows', parts), ('reward', 'reward_pairs', parts),
+                               ('generate', 'generate_prompts', parts), ('ppo', 'ppo_prompts', parts * sizes.minibatches)):
+    if name in bench.only and getattr(sizes, field) % divisor:
+      more = '' if name != 'ppo' else f', each cut into {sizes.minibatches} minibatches'
+      raise ConfigError(f'{_flag(f"batch.{field}")} is {getattr(sizes, field)}, which does not divide over {parts} parts of '
+                        f'the mesh{more}. Pass a multiple of {divisor}.')
+  if 'sft' in bench.only and sizes.tokens < 2:
+    raise ConfigError('--batch.tokens is 1: a single token has none before it to be predicted from. Pass 2 or more.')
+  if {'sft', 'reward'} & set(bench.only):
+    check_length(setting.policy.config, sizes.tokens)
+  if {'generate', 'ppo'} & set(bench.only):
+    check_length(setting.policy.config, sizes.prompt_tokens + sizes.new_tokens)
+  setting.runner.abstract(functools.partial(initial_params, setting.policy), jax.random.key(0))
+  if bench.json:
+    _write(bench.json, '', 'a')                                                  # minutes of measuring are not to be lost
+
+
+def _flag(name):
+  return f'--{name.replace("_", "-")}'
+
+
+def _batch_parts(runner):
+  axes = runner.rules['B']
+  return math.prod(runner.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def describe(bench, setting):
+  """What was measured and on what: versions, machine, model, mesh and sizes."""
+  config, mesh = setting.policy.config, setting.runner.mesh
+  device = mesh.devices.flat[0]
+  params = jax.eval_shape(functools.partial(initial_params, setting.policy), jax.random.key(0))
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  return {
+    'versions': {'python': platform.python_version(), 'jax': jax.__version__, 'jaxlib': jaxlib.__version__},
+    'machine': {'platform': device.platform, 'device_kind': device.device_kind, 'devices': mesh.size, 'cores': cores},
+    'model': {'preset': bench.preset, 'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
+              **dataclasses.asdict(config)},
+    'mesh': {'runner': bench.mesh.runner, **dict(mesh.shape)},
+    'batch': dataclasses.asdict(bench.batch), 'repeats': bench.repeats}
+
+
+# ---- what is shown
+
+def show(results, console=None):
+  """Prints the results as a table: a row a workload, and one for each of its programs where there are several."""
+  model, machine, peaks = results['model'], results['machine'], results['peak_memory']
+  square = f'matrix product, {results["ceiling"]["side"]} square'
+  rows = {square: {'GFLOP/s': _span(results['ceiling']['gflops'])}}
+  for found in results['workloads'].values():
+    rows |= _rows(found)
+  columns = ('per second', 'seconds', 'compile s', 'MiB', 'GFLOP/s')
+  console = console or rich.console.Console()
+  console = console if console.width >= 128 else rich.console.Console(file=console.file, width=128)
+  mesh = ' x '.join(f'{axis} {size}' for axis, size in results['mesh'].items() if axis != 'runner')
+  report.print_table(
+    {column: {row: values.get(column) for row, values in rows.items()} for column in columns},
+    f'{model["preset"]} ({model["parameters"] / 1e6:.3g} M parameters, {model["dtype"]}) on {machine["device_kind"]}, '
+    f'{machine["cores"]} cores, {results["mesh"]["runner"]} ({mesh}), jax {results["versions"]["jax"]}; '
+    f'median (least to most) of {results["repeats"]}', console)
+  known = {'process': peaks['process_bytes'], 'fullest device': peaks['device_bytes']}
+  console.print('peak memory: ' + (', '.join(f'{name} {_mib(size)} MiB' for name, size in known.items() if size) or '-'))
+
+
+def _rows(found):
+  """{row: {column: text}} of a workload: MiB is of its largest program, compile seconds are of all."""
+  parts = found['parts'].values()
+  sizes = [part['memory_bytes'] for part in parts if part['memory_bytes'] is not None]
+  whole = {'per second': f'{_span(found["units_per_second"])} {found["unit"]}', 'seconds': _span(found['seconds']),
+           'compile s': f'{sum(part["compile_seconds"] for part in parts):.1f}', 'MiB': _mib(max(sizes, default=None))}
+  if 'gflops' in found:
+    whole['GFLOP/s'] = f'{found["gflops"]:.3g}, {found["ceiling_share"]:.0%}'
+  rows = {found['title']: whole}
+  if len(found['parts']) > 1:
+    rows |= {f'  {name}': {'seconds': _span(part['seconds']), 'compile s': f'{part["compile_seconds"]:.1f}',
+                           'MiB': _mib(part['memory_bytes'])} for name, part in found['parts'].items()}
+  return rows
+
+
+def _span(numbers):
+  say = lambda x: f'{x:.3g}' if x < 1000 else f'{x:.0f}'
+  return f'{say(numbers["median"])} ({say(numbers["min"])}-{say(numbers["max"])})'
+
+
+def _mib(size):
+  return '-' if size is None else f'{size / 2 ** 20:.0f}'
+
+
+def main(args=None):
+  """The command line; exits with 2 and one clear line on an error that the user can mend. Returns the results."""
+  bench = tyro.cli(Bench, description=__doc__, args=args)
+  try:
+    results = run(bench)
+    show(results)
+    if bench.json:
+      _write(bench.json, json.dumps(results, indent=2) + '\n', 'w')
+  except RlhfJaxError as error:
+    print(f'{type(error).__name__}: {error}', file=sys.stderr)
+    sys.exit(2)
+  return results
+
+
+def _write(path, text, mode):
+  try:
+    with pathlib.Path(path).open(mode) as file:
+      file.write(text)
+  except OSError as error:
+    raise ConfigError(f'--json {path}: {error.strerror}. Needed is a file that can be written.') from error
+
+
+if __name__ == '__main__':
+  jax.config.update('jax_enable_compilation_cache', False)                       # or compile seconds would be of loading
+  main()

@@ -1,0 +1,76 @@
+"""Three stages on real human preferences: the HH data of Anthropic (Bai et al. 2022, 2204.05862).
+
+Does a reward model trained on what people recorded beat chance on pairs never seen, and does PPO move a policy towards what
+it likes? The chosen responses are the demonstrations, the recorded pairs the comparisons, every prompt is asked once.
+
+    python -m experiments.hh --data.path DIR --preset tiny          DIR holds train.jsonl.gz and test.jsonl.gz
+    python -m experiments.hh --data.path DIR --pretrained DIR       from a Hugging Face model directory, or a hub id
+    python -m experiments.hh                                        from the hub: helpful and harmless, 160,800 pairs
+
+Measured with the first command on 1,606 harmless pairs to train on and 200 held out: 9 minutes on two busy CPU cores.
+
+    held-out SFT loss, nats per token           8.11 before, 4.61 after
+    held-out reward accuracy                    57.5 %, 95 % interval 50.5 to 64.5
+    score of SFT and PPO, held-out prompts      0.18 and 0.87, in standard deviations of the reward model
+    KL of PPO to SFT                            3.8 nats per answer
+
+A model this small, from nothing, on so little text does not speak well: PPO finds that "I'm sorry" is liked and that short
+is safe. Public reward models reach 69 to 75 % on HH. For that start from a pretrained model, and lower the learning rates:
+--sft.optimizer.learning-rate 1e-5 --reward.optimizer.learning-rate 1e-5 --ppo.optimizer.learning-rate 1e-6 or so. Rows that
+cannot be used, such as those whose two sides answer different questions, are skipped and counted.
+"""
+
+import pathlib
+
+from rlhf_jax import cli
+from rlhf_jax.config import DataConfig, Experiment, PPOConfig, RewardConfig, SFTConfig
+from rlhf_jax.data import sources
+from rlhf_jax.data.encode import Limits
+from rlhf_jax.optimizer import OptimizerConfig
+from rlhf_jax.stages.task import Task
+
+EXPERIMENT = Experiment(
+  preset='tiny',
+  data=DataConfig(path='Anthropic/hh-rlhf', skip_bad_rows=True,
+                  limits=Limits(prompt_tokens=128, response_tokens=64, too_long='truncate')),
+  sft=SFTConfig(steps=200, batch_size=32, evaluate_every=50, checkpoint_every=100,
+                optimizer=OptimizerConfig(learning_rate=2e-3, schedule='cosine', warmup_steps=20)),
+  reward=RewardConfig(steps=60, batch_size=32, evaluate_every=20, checkpoint_every=30,      # a little more than one epoch
+                      optimizer=OptimizerConfig(learning_rate=1.5e-4, schedule='cosine', warmup_steps=10)),
+  ppo=PPOConfig(iterations=30, batch_size=64, epochs=4, kl_weight=0.1, samples_every=10, checkpoint_every=10,
+                optimizer=OptimizerConfig(learning_rate=2e-4, schedule='linear', epsilon=1e-5)),
+)
+
+
+def make_task(experiment):
+  """Chosen responses as demonstrations, the recorded pairs as comparisons, and every prompt once for PPO."""
+  train, held_out = load(experiment)
+  return Task(demonstrations=(sources.as_demonstrations(train), sources.as_demonstrations(held_out)),
+              comparisons=lambda answer: (sources.as_comparisons(train), sources.as_comparisons(held_out)),
+              prompts=(sources.as_prompts(train), sources.as_prompts(held_out)))
+
+
+def load(experiment):
+  """(train, held out) examples: the data's own splits, or a share of the prompts where files have no test split."""
+  data = experiment.data
+  train = _read(data, 'train')
+  return (train, _read(data, 'test')) if _has_test_split(data.path) else sources.held_out(
+    train, data.held_out_share, experiment.seed)
+
+
+def _read(data, split):
+  examples, skipped = sources.load_examples(data.path, split=split, skip_bad_rows=data.skip_bad_rows,
+                                            limit=data.max_examples)
+  said = f', {len(skipped)} bad rows skipped, the first: {skipped[0]}' if skipped else ''
+  print(f'{data.path} {split}: {len(examples)} examples{said}')
+  return examples
+
+
+def _has_test_split(path):
+  """Whether there is one to read. Of what is not on this disk, a hub id for one, it is taken for granted."""
+  local = pathlib.Path(path).expanduser()
+  return not local.is_file() and not (local.is_dir() and not any(local.glob('test*')))
+
+
+if __name__ == '__main__':
+  cli.main(EXPERIMENT, make_task, __doc__)

@@ -1,0 +1,196 @@
+"""The benchmark: that the work it counts is the work that is done, that its numbers belong together, and its errors."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from experiments import bench
+from rlhf_jax import runners
+from rlhf_jax.losses.language import cross_entropy
+from rlhf_jax.model.config import PRESETS, preset
+from rlhf_jax.model.heads import LanguageModel, initial_params
+from rlhf_jax.records import Demonstrations
+
+SIZES = bench.BatchConfig(sft_rows=8, reward_pairs=8, tokens=12, generate_prompts=4, ppo_prompts=8, prompt_tokens=5,
+                          new_tokens=6, epochs=2, minibatches=2)
+FLAGS = ('--preset', 'nano', *(word for name, size in vars(SIZES).items()
+                               for word in (f'--batch.{name.replace("_", "-")}', str(size))))
+UNITS = {'sft': ('tokens', 8 * 12), 'reward': ('pairs', 8), 'generate': ('tokens', 4 * 6), 'ppo': ('prompts', 8)}
+PARTS = {'sft': ['update'], 'reward': ['update'], 'generate': ['generate'], 'ppo': ['generate', 'score', 'update']}
+
+
+def a_turn(name):
+  """(results by program, state after it, workload) of the first turn of a workload with a small model."""
+  workload, done = bench.WORKLOADS[name](bench.Setting(runners.single(), *tiny.models('llama'), SIZES)), {}
+
+  def call(program, *args):
+    done[program] = workload.programs[program].call(*args)
+    return done[program]
+  return done, workload.turn(call, workload.state), workload
+
+
+def check_donated(workload, state):
+  """The state after one more turn; the two before it have been given away."""
+  again = workload.turn(lambda program, *args: workload.programs[program].call(*args), state)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves((workload.state.params, state.params)))
+  return again
+
+
+# ---- what is counted is what is done
+
+def test_an_sft_turn_reads_every_token_and_predicts_all_but_the_first_of_a_row():
+  done, state, workload = a_turn('sft')
+  _, metrics = done['update']
+  assert metrics['loss'].weight == 8 * 11 and state.step == 1 and workload.units == 8 * 12
+  assert check_donated(workload, state).step == 2
+
+
+def test_a_reward_turn_learns_from_every_pair():
+  done, state, workload = a_turn('reward')
+  _, metrics = done['update']
+  assert metrics['accuracy'].weight == 8 and metrics['score'].weight == 16 and state.step == 1 and workload.units == 8
+
+
+def test_no_answer_stops_early():
+  done, _, workload = a_turn('generate')
+  rollout = done['generate']
+  assert rollout.mask_BR.sum() == workload.units == 4 * 6 and not rollout.ended_B.any()
+
+
+def test_a_ppo_turn_answers_scores_and_does_all_epochs_and_minibatches():
+  done, state, workload = a_turn('ppo')
+  rollout, (_, looked), (_, learned) = done.values()
+  assert list(done) == PARTS['ppo'] and workload.units == 8
+  assert rollout.mask_BR.sum() == 8 * 6 and looked['score'].weight == 8
+  assert state.step == 2 * 2 and learned['loss'].weight.shape == (2, 2)
+  assert check_donated(workload, state).step == 2 * 2 * 2
+
+
+# ---- measuring
+
+def test_the_round_that_warms_up_does_not_count(monkeypatch):
+  clock = iter([0, 100, 100, 103, 103, 104, 104, 106])                          # four rounds: 100 s, 3 s, 1 s, 2 s
+  monkeypatch.setattr(bench.time, 'perf_counter', lambda: next(clock))
+  program = bench.Program(lambda x: x + 1, 0.5, 7)
+  found = bench.measure(bench.Workload('count', 'laps', 6, {'lap': program}, lambda call, n: call('lap', n), 0), 3)
+  assert found['seconds'] == {'median': 2, 'min': 1, 'max': 3}
+  assert found['units_per_second'] == {'median': 3, 'min': 2, 'max': 6}
+  assert found['parts'] == {'lap': {'seconds': found['seconds'], 'compile_seconds': 0.5, 'memory_bytes': 7}}
+
+
+def test_memory_counts_a_donated_argument_once():
+  add = lambda state_D: state_D + 1
+  sizes = {}
+  for donate in ((), (0,)):
+    fn = runners.single().compile(add, inputs=('same',), outputs='same', donate=donate)
+    sizes[donate] = bench.compiled(fn, jnp.zeros(1024)).memory_bytes
+  assert sizes == {(): 8192, (0,): 4096}
+
+
+def test_flops_are_six_a_weight_and_token_and_those_of_attention():
+  block = 4 * 256 * 256 + 3 * 256 * 688
+  assert bench.sft_flops(preset('small'), 16, 256) == 16 * 256 * (6 * (4 * block + 256 * 4096) + 12 * 4 * 256 * 256)
+  tied = 12 * 12 * 768 * 768 + 50257 * 768                                       # no biases, norms or positions
+  assert bench.sft_flops(preset('gpt2'), 2, 64) == 2 * 64 * (6 * tied + 12 * 12 * 768 * 64)
+
+
+def test_flops_agree_with_the_compiler():
+  """XLA also counts what is no product: a little more."""
+  config = preset('nano')
+  model, full_BT = LanguageModel(config), jnp.ones((4, 128), bool)
+  batch = Demonstrations(tokens_BT=jnp.zeros((4, 128), jnp.int32), valid_BT=full_BT, mask_BT=full_BT)
+  gradient = jax.jit(jax.grad(lambda params: cross_entropy(model)(params, batch, None)[0].total))
+  params = jax.eval_shape(functools.partial(initial_params, model), jax.random.key(0))
+  assert 1 < gradient.lower(params).cost_analysis()['flops'] / bench.sft_flops(config, 4, 128) < 1.2
+
+
+# ---- whole runs
+
+@pytest.mark.parametrize('runner, only', [
+  ('single', ('sft', 'generate')), ('sharded', ('sft', 'ppo')), ('pmap', ('reward',))])
+def test_a_run_from_the_command_line(runner, only, tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(PRESETS, 'nano', preset('nano', layers=1))                 # half the time to compile
+  mesh = {'single': {'data': 1}, 'sharded': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'pmap': {'data': 8}}[runner]
+  flags = [word for axis in ('fsdp', 'tensor') if axis in mesh for word in (f'--mesh.{axis}', '2')]
+  results = bench.main([*FLAGS, '--repeats', '2', '--mesh.runner', runner, *flags, '--only', *only,
+                        '--json', str(tmp_path / 'bench.json')])
+  assert json.loads((tmp_path / 'bench.json').read_text()) == results
+  check_context(results, runner, mesh)
+  check_numbers(results, only)
+  check_table(results, only, capsys.readouterr().out)
+
+
+def check_context(results, runner, mesh):
+  assert list(results) == ['versions', 'machine', 'model', 'mesh', 'batch', 'repeats', 'ceiling', 'workloads', 'peak_memory']
+  assert set(results['versions']) == {'python', 'jax', 'jaxlib'} and results['versions']['jax'] == jax.__version__
+  assert results['mesh'] == {'runner': runner, **mesh}
+  assert set(results['machine']) == {'platform', 'device_kind', 'devices', 'cores'} and results['machine']['cores'] > 0
+  assert results['machine']['devices'] == math.prod(mesh.values())
+  assert (results['model']['preset'], results['model']['dtype'], results['repeats']) == ('nano', 'float32', 2)
+  assert results['batch'] == vars(SIZES)
+  assert results['peak_memory']['process_bytes'] > 2 ** 26
+
+
+def check_numbers(results, only):
+  assert {name: (found['unit'], found['units']) for name, found in results['workloads'].items()} == {
+    name: UNITS[name] for name in only}
+  for name, found in results['workloads'].items():
+    seconds, rate = found['seconds'], found['units_per_second']
+    assert 0 < seconds['min'] <= seconds['median'] <= seconds['max']
+    assert rate['max'] == pytest.approx(found['units'] / seconds['min'])
+    assert list(found['parts']) == PARTS[name]
+    assert all(part['compile_seconds'] > 0 and part['memory_bytes'] > 0 for part in found['parts'].values())
+    assert sum(part['seconds']['median'] for part in found['parts'].values()) == pytest.approx(seconds['median'])
+  top, found = results['ceiling'], results['workloads'].get('sft')
+  assert top['gflops']['min'] > 0 and top['side'] % 128 == 0
+  if found:
+    assert found['gflops'] == pytest.approx(bench.sft_flops(preset('nano'), 8, 12) / found['seconds']['median'] / 1e9)
+    assert found['ceiling_share'] == pytest.approx(found['gflops'] / top['gflops']['median'])
+
+
+def check_table(results, only, said):
+  titles = {'sft': 'SFT 8 x 12', 'reward': 'reward 8 pairs x 12', 'generate': 'generate 4 x (5 + 6)',
+            'ppo': 'PPO 8 x (5 + 6)'}
+  assert 'nano' in said and 'peak memory: process' in said and ('  score' in said) == ('ppo' in only)
+  for name, found in results['workloads'].items():
+    median = found['units_per_second']['median']
+    assert titles[name] in said and (f'{median:.3g} (' in said or f'{median:.0f} (' in said)
+
+
+# ---- what cannot be measured
+
+@pytest.mark.parametrize('flags, match', [
+  (('--preset', 'smal'), "ConfigError: there is no model preset 'smal'. Choose one of: nano"),
+  (('--mesh.runner', 'pmap', '--batch.sft-rows', '12'), '--batch.sft-rows is 12, which does not divide over 8 parts of the '
+   'mesh. Pass a multiple of 8.'),
+  (('--mesh.runner', 'sharded', '--mesh.tensor', '2', '--only', 'reward', '--batch.reward-pairs', '6'),
+   '--batch.reward-pairs is 6, which does not divide over 4 parts'),
+  (('--only', 'ppo', '--batch.minibatches', '3'),
+   '--batch.ppo-prompts is 8, which does not divide over 1 parts of the mesh, each cut into 3 minibatches'),
+  (('--mesh.runner', 'sharded', '--mesh.fsdp', '3'), 'ShardingError: a mesh of data=2 x fsdp=3'),
+  (('--mesh.runner', 'sharded', '--mesh.tensor', '4', '--only', 'sft'), 'ShardingError: '),      # nano has 2 kv heads
+  (('--batch.new-tokens', '0'), '--batch.new-tokens is 0. It must be at least 1.'),
+  (('--repeats', '0'), '--repeats is 0. It must be at least 1.'),
+  (('--only',), '--only names no workload'),
+  (('--only', 'sft', '--batch.tokens', '1'), '--batch.tokens is 1: a single token'),
+  (('--only', 'sft', '--batch.tokens', '513'), 'sequences of 513 tokens, but the model has context_length=512'),
+  (('--only', 'ppo', '--batch.prompt-tokens', '510'), 'sequences of 516 tokens'),
+  (('--json', '/no/such/folder/bench.json'), '--json /no/such/folder/bench.json: No such file or directory'),
+  (('--only', 'stf'), "invalid choice 'stf'"),
+])
+def test_it_is_said_and_exits_with_2(flags, match, capsys):
+  with pytest.raises(SystemExit, match='2'):
+    bench.main([*FLAGS, *flags])
+  assert match in capsys.readouterr().err
+
+
+def test_a_run_that_is_refused_leaves_no_file(tmp_path):
+  for flags in (('--repeats', '0'), ('--mesh.runner', 'sharded', '--mesh.tensor', '4')):
+    with pytest.raises(SystemExit, match='2'):
+      bench.main([*FLAGS, *flags, '--json', str(tmp_path / 'bench.json')])
+  assert not list(tmp_path.iterdir())

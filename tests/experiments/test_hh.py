@@ -1,0 +1,120 @@
+"""HH-RLHF in small: pairs like its own, from a Hugging Face directory to one that transformers loads and lets speak."""
+
+import gzip
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from experiments import hh
+from rlhf_jax import cli, config
+from rlhf_jax.data import text
+from rlhf_jax.errors import DataError
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.model import huggingface
+from rlhf_jax.model.config import ModelConfig
+from rlhf_jax.model.heads import LanguageModel, initial_params
+
+SETTINGS = {'data.limits.prompt_tokens': 24, 'data.limits.response_tokens': 8, 'tensorboard': False,
+            'sft.steps': 3, 'sft.batch_size': 8, 'sft.optimizer.warmup_steps': 0, 'reward.steps': 3,
+            'reward.batch_size': 8, 'reward.optimizer.warmup_steps': 0,
+            'ppo.iterations': 2, 'ppo.batch_size': 8, 'ppo.epochs': 2}
+THINGS = ('a tent', 'bread', 'a kite', 'soup', 'a raft', 'tea', 'a lamp', 'ink', 'a sled', 'glue', 'a drum', 'jam')
+
+
+def pair(thing, politely=True):
+  history = f'\n\nHuman: Hello.\n\nAssistant: Hi!\n\nHuman: How do I make {thing}?\n\nAssistant:'
+  chosen = ' Gladly. Look it up.' if politely else ' With care, friend.'
+  return {'chosen': history + chosen, 'rejected': history + ' Why me?'}
+
+
+def write(path, rows):
+  with gzip.open(path, 'wt') as file:
+    file.writelines(json.dumps(row) + '\n' for row in rows)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """HH's files: 12 good rows to train on and 2 bad ones, 3 to test on."""
+  path = tmp_path / 'hh'
+  path.mkdir()
+  bad = [pair('fire') | {'rejected': pair('fire')['chosen']}, {'chosen': 'no transcript', 'rejected': 'at all'}]
+  write(path / 'train.jsonl.gz', bad + [pair(thing) for thing in THINGS])
+  write(path / 'test.jsonl.gz', [pair(thing, politely=False) for thing in ('a boat', 'paper', 'a bell')])
+  return path
+
+
+def experiment(folder, **settings):
+  return config.override(hh.EXPERIMENT, {'data.path': folder} | SETTINGS | settings)
+
+
+def pretrained_directory(path):
+  """A random Llama of 20,000 parameters in the Hugging Face format, with a tokenizer trained for it."""
+  sizes = ModelConfig(vocab_size=300, width=16, layers=1, query_heads=2, kv_heads=1, head_width=8, feedforward_width=24,
+                      context_length=64)
+  tokenizer = text.train_tokenizer([turn for thing in THINGS for turn in pair(thing).values()], sizes.vocab_size)
+  params = jax.tree.map(np.asarray, initial_params(LanguageModel(sizes), jax.random.key(5)))
+  huggingface.save(path, sizes, params, kind='language', end_token=tokenizer.eos_token_id,
+                   pad_token=tokenizer.pad_token_id)
+  text.save_tokenizer(tokenizer, path)
+  return path, params
+
+
+def test_all_stages_run_from_a_hugging_face_directory_and_the_export_speaks_in_transformers(folder, tmp_path, capsys):
+  start, params = pretrained_directory(tmp_path / 'llama')
+  directory = tmp_path / 'run'
+  results = cli.run_stages(experiment(folder, pretrained=start), hh.make_task, directory)
+
+  before, *_, after = [row['held_out/loss'] for row in read_metrics(directory / 'sft') if 'held_out/loss' in row]
+  assert after < before and results['sft']['loss'] == pytest.approx(after)
+  found = results['reward']
+  assert found['pairs'] == 3 and 0 <= found['accuracy_low'] <= found['accuracy'] <= found['accuracy_high'] <= 1
+  assert results['table']['SFT']['KL, nats per answer'] == 0 and np.isfinite(results['table']['PPO']['score'])
+  assert '12 examples, 2 bad rows skipped, the first: ' in capsys.readouterr().out
+
+  for stage in ('sft', 'ppo'):
+    exported = directory / stage / 'export'
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    moved = model.model.embed_tokens.weight.detach().numpy() - params['backbone']['embedding_VD']
+    assert 0 < np.abs(moved).max() < 1
+    asked = tokenizer.apply_chat_template([{'role': 'user', 'content': 'How do I make tea?'}], add_generation_prompt=True,
+                                          return_tensors='pt', return_dict=True)
+    said = model.generate(**asked, max_new_tokens=5, do_sample=False)
+    assert said.shape[1] > asked['input_ids'].shape[1] and isinstance(tokenizer.decode(said[0]), str)
+  scorer = transformers.AutoModelForSequenceClassification.from_pretrained(directory / 'reward' / 'export')
+  with torch.no_grad():
+    assert scorer(**asked).logits.shape == (1, 1)
+
+
+def test_what_people_chose_is_imitated_and_every_prompt_is_asked_once(folder):
+  write(folder / 'train.jsonl.gz', [pair('tea'), pair('tea', politely=False), pair('ink')])
+  task = hh.make_task(experiment(folder))
+  assert [example.responses for example in task.demonstrations[0]] == [
+    ('Gladly. Look it up.',), ('With care, friend.',), ('Gladly. Look it up.',)]
+  comparisons, held_out = task.comparisons(None)
+  assert [example.responses[1] for example in comparisons] == ['Why me?'] * 3 and len(held_out) == 3
+  assert [example.prompt[-1].text for example in task.prompts[0]] == ['How do I make tea?', 'How do I make ink?']
+  assert len(task.prompts[0][0].prompt) == 3 and not task.prompts[0][0].responses
+
+
+@pytest.mark.parametrize('as_file', [True, False])
+def test_without_a_test_split_a_share_of_the_prompts_is_held_out(folder, as_file):
+  (folder / 'test.jsonl.gz').unlink()
+  path = folder / 'train.jsonl.gz' if as_file else folder
+  train, held_out = hh.load(experiment(path, **{'data.held_out_share': 0.4}))
+  assert len(train) + len(held_out) == 12 and len(held_out) in range(1, 10)
+  assert not {example.prompt for example in train} & {example.prompt for example in held_out}
+
+
+def test_at_most_so_many_examples_of_a_split(folder):
+  train, held_out = hh.load(experiment(folder, **{'data.max_examples': 2}))
+  assert len(train) == 2 and len(held_out) == 2
+
+
+def test_a_bad_row_stops_the_run_where_skipping_is_turned_off(folder):
+  with pytest.raises(DataError, match=r"train\.jsonl\.gz row 1: 'chosen' equals 'rejected'"):
+    hh.load(experiment(folder, **{'data.skip_bad_rows': False}))
