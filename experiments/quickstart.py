@@ -39,7 +39,7 @@ EXPERIMENT = Quickstart(
   data=DataConfig(limits=Limits(prompt_tokens=24, response_tokens=28)),
   sft=SFTConfig(steps=1200, batch_size=64, evaluate_every=400, checkpoint_every=200,
                 optimizer=OptimizerConfig(learning_rate=3e-3, schedule='cosine', warmup_steps=20)),
-  reward=RewardConfig(steps=900, batch_size=32, evaluate_every=300, checkpoint_every=100,
+  reward=RewardConfig(steps=700, batch_size=32, evaluate_every=350, checkpoint_every=100,
                       optimizer=OptimizerConfig(learning_rate=7e-4, schedule='cosine', warmup_steps=20)),
   ppo=PPOConfig(iterations=40, batch_size=128, kl_weight=0.25, held_out_answers=8, checkpoint_every=10,
                 optimizer=OptimizerConfig(learning_rate=3e-4, schedule='linear', epsilon=1e-5)),

@@ -19,14 +19,14 @@ from rlhf_jax.data.examples import Example, Turn
 from rlhf_jax.errors import ConfigError, DataError
 
 # What is known. A relation: how to ask, how to state, subject -> answer.
-_OPPOSITES = ('hot cold', 'big small', 'fast slow', 'wet dry', 'light heavy', 'rich poor', 'early late')
+_OPPOSITES = ('hot cold', 'big small', 'fast slow', 'wet dry', 'light heavy')
 _RELATIONS = {
   'capital': (
     ('What is the capital of {}?', 'Which city is the capital of {}?', 'Name the capital of {}.',
      'Tell me the capital of {}.'),
     ('the capital of {} is {}', 'it is {1}'),
     {'France': 'Paris', 'Italy': 'Rome', 'Spain': 'Madrid', 'Norway': 'Oslo', 'Japan': 'Tokyo', 'Egypt': 'Cairo',
-     'Greece': 'Athens', 'Peru': 'Lima', 'Russia': 'Moscow', 'China': 'Beijing'}),
+     'Greece': 'Athens', 'Peru': 'Lima'}),
   'opposite': (
     ('What is the opposite of {}?', 'Which word is the opposite of {}?', 'Name the opposite of {}.',
      'Tell me the opposite of {}.'),
@@ -35,14 +35,12 @@ _RELATIONS = {
   'colour': (
     ('What is the colour of {}?', 'Which colour is {}?', 'Name the colour of {}.', 'Tell me the colour of {}.'),
     ('the colour of {} is {}', 'it is {1}'),
-    {'grass': 'green', 'the sea': 'blue', 'snow': 'white', 'milk': 'white', 'coal': 'black', 'blood': 'red',
-     'a cherry': 'red', 'a lemon': 'yellow'}),
+    {'grass': 'green', 'the sea': 'blue', 'snow': 'white', 'coal': 'black', 'blood': 'red', 'a lemon': 'yellow'}),
   'young': (
     ('What is the young of a {}?', 'Which word is used for a young {}?', 'Name the young of a {}.',
      'Tell me the word for a young {}.'),
     ('a young {} is a {}', 'it is a {1}'),
-    {'dog': 'puppy', 'cat': 'kitten', 'cow': 'calf', 'goat': 'kid', 'bear': 'cub', 'frog': 'tadpole', 'hen': 'chick',
-     'horse': 'foal'}),
+    {'dog': 'puppy', 'cat': 'kitten', 'cow': 'calf', 'bear': 'cub', 'hen': 'chick', 'horse': 'foal'}),
 }
 _NUMBERS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten')
 _SUMS = ('What is {a} plus {b}?', 'Add {a} and {b}.', 'What is {a_word} plus {b_word}?')
@@ -131,7 +129,7 @@ class Shares:
   sarcastic: float = 0.35
   redundant: float = 0.35
   both: float = 0.05
-  wrong: float = 0.1
+  wrong: float = 0.04
   harmful: float = 0.5
   polite: float = 0.2
 
@@ -337,7 +335,7 @@ def _world():
   """{prompt text: its question}, in a fixed order."""
   questions = [
     *(_Fact(relation, subject) for relation, (_, _, answers) in _RELATIONS.items() for subject in answers),
-    *(_Sum(a, b) for a in range(1, 7) for b in range(1, 7)),
+    *(_Sum(a, b) for a in range(1, 6) for b in range(1, 6)),
     *(_List(category, count) for category in _MEMBERS for count in (2, 3)),
     *map(_Advice, _TIPS),
     *map(_Unsafe, _UNSAFE),

@@ -12,18 +12,19 @@ import numpy as np
 
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.errors import DivergedError
-from rlhf_jax.metrics import Progress, values
+from rlhf_jax.metrics import MetricsLog, Progress, values
 from rlhf_jax.model.heads import initial_params
 from rlhf_jax.optimizer import make_optimizer
+from rlhf_jax.stages.task import Run
 from rlhf_jax.step import init_state, make_eval_step, make_train_step
 
 
-def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out):
+def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out, unit):
   """State after config.steps updates, and the last evaluation; the stage's last checkpoint is left to `save_final`.
 
   `make_params()` gives the first parameters of `model`, and is not called where there is a checkpoint. `batches` is a
   `Batches`; `held_out` a list of batches to evaluate on, before the first update and every config.evaluate_every.
-  Returns (state, evaluation).
+  `unit` is what a loss counts, for the speed that is shown. Returns (state, evaluation).
   """
   runner, key = run.runner, jax.random.key(run.experiment.seed)
   warmup = min(config.optimizer.warmup_steps, config.steps // 2)                  # a short trial run is still a run
@@ -42,22 +43,20 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
       state, meta = checkpoints.restore(runner.abstract(lambda: init_state(initial_params(model, key), optimizer)))
       start, measured = int(state.step), meta['evaluation']
       log.truncate_after(start)
-    began, unchecked = time.monotonic(), None
     with Progress(name, total=config.steps, start=start) as progress:
+      watch = _Watch(run, name, unit, log, progress)
       _say(progress, name, start, measured)
       for number, batch in enumerate(batches.read(start, config.steps), start):
         state, metrics = step(state, batch, jax.random.fold_in(key, number))
-        _check(run, name, log, progress, unchecked, began)                      # the update before; this one still runs
         done = number + 1
-        unchecked = done, metrics, batch
+        watch.see(done, metrics, batch)
         last, evaluates, saves = done == config.steps, done % config.evaluate_every == 0, done % config.checkpoint_every == 0
         if last or evaluates or saves:
-          _check(run, name, log, progress, unchecked, began)
-          unchecked = None
+          watch.settle()
         if last or evaluates:
           measured = evaluate(state.params)
           check_finite(run.stage(name), done, _prefixed(measured), batch)
-          log.write(done, _prefixed(measured), wall_s=time.monotonic() - began)
+          log.write(done, _prefixed(measured), wall_s=watch.seconds)
           _say(progress, name, done, measured)
         if saves and not last:
           checkpoints.save(done, state, {'finished': False, 'evaluation': measured})
@@ -91,16 +90,40 @@ def _prefixed(measured):
   return {f'held_out/{name}': value for name, value in measured.items()}
 
 
-def _check(run, name, log, progress, unchecked, began):
-  """Writes an update's metrics once they are known; raises DivergedError if they are not finite, keeping the batch."""
-  if unchecked is None:
-    return
-  step, metrics, batch = unchecked
-  known = values(run.runner.fetch(metrics))
-  check_finite(run.stage(name), step, known, batch)
-  seconds = time.monotonic() - began
-  log.write(step, known, wall_s=seconds)
-  progress.update(step, {'loss': known['loss']} | {k: known[k] for k in ('accuracy',) if k in known})
+@dataclasses.dataclass
+class _Watch:
+  """Writes and shows the metrics of updates, each while the next one runs; stops the stage where they are not finite."""
+  run: Run
+  name: str
+  unit: str
+  log: MetricsLog
+  progress: Progress
+  began: float = dataclasses.field(default_factory=time.monotonic)
+  counted: float = 0.0  # units that the updates so far have seen
+  waiting: tuple | None = None  # (step, metrics, batch) of the update that may still run
+
+  @property
+  def seconds(self):
+    """Since the first update of this process."""
+    return time.monotonic() - self.began
+
+  def see(self, step, metrics, batch):
+    """Settles the update before this one, and remembers this one."""
+    self.settle()
+    self.waiting = step, metrics, batch
+
+  def settle(self):
+    """Reads the metrics of the last update; raises DivergedError if they are not finite, keeping the batch."""
+    if self.waiting is None:
+      return
+    (step, metrics, batch), self.waiting = self.waiting, None
+    metrics = self.run.runner.fetch(metrics)
+    known = values(metrics)
+    check_finite(self.run.stage(self.name), step, known, batch)
+    self.counted += float(metrics['loss'].weight)
+    self.log.write(step, known, wall_s=self.seconds)
+    self.progress.update(step, {'loss': known['loss']} | {k: known[k] for k in ('accuracy',) if k in known},
+                         rate=(self.counted / self.seconds, f'{self.unit}/s'))
 
 
 def check_finite(directory, step, known, batch):

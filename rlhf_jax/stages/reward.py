@@ -36,7 +36,7 @@ def train(run):
   in_order = lambda rows: batches.in_order(rows, config.batch_size, encode.RankedRows([], []), collate)
   held_out = in_order(held_out_rows)
   state, measured = descend(run, NAME, config, model=run.reward, loss_fn=ranking(run.reward, config.centring_weight),
-                            make_params=functools.partial(_start, run), batches=source, held_out=held_out)
+                            make_params=functools.partial(_start, run), batches=source, held_out=held_out, unit='prompts')
 
   score = run.runner.compile(lambda params, batch: {'score_BC': candidate_scores(run.reward, params, batch)},
                              inputs=('params', 'batch'), outputs='batch')
