@@ -66,7 +66,7 @@ def experience(models, params, frozen, rollout, config, *, temperature, kl_weigh
   """
   check_axes(tokens_BT=rollout.tokens_BT, valid_BT=rollout.valid_BT, mask_BR=rollout.mask_BR,
              logprob_BR=rollout.logprob_BR, ended_B=rollout.ended_B, extra_score_B=extra_score_B)
-  if temperature <= 0:
+  if isinstance(temperature, (int, float)) and temperature <= 0:                # a traced one is not known here
     raise ConfigError(f'experience at temperature={temperature}. It must be positive: greedy answers have no probability.')
   tokens_BT, valid_BT, mask_BR = rollout.tokens_BT, rollout.valid_BT, rollout.mask_BR
   start = tokens_BT.shape[1] - mask_BR.shape[1]

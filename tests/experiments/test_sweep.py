@@ -12,7 +12,8 @@ from rlhf_jax.errors import ConfigError
 SMALL = ('sft.steps=2', 'sft.optimizer.warmup_steps=0', 'reward.steps=2', 'reward.optimizer.warmup_steps=0',
          'sft.batch_size=8', 'reward.batch_size=8', 'ppo.iterations=1', 'ppo.batch_size=8',
          'ppo.epochs=1', 'world.demonstrations=32', 'world.ranked_prompts=16', 'world.answers_per_prompt=2',
-         'data.limits.response_tokens=6', 'data.limits.too_long=truncate', 'tensorboard=False')
+         'data.limits.prompt_tokens=48', 'data.limits.response_tokens=6', 'data.limits.too_long=truncate',
+         'tensorboard=False')
 
 
 def flags(*args, **fields):

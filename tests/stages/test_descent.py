@@ -1,0 +1,102 @@
+"""The loop of SFT and reward model: what it writes, when it stops, and what it says of what it leaves out."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from small import copy, prepare, prompt, timeless
+
+from rlhf_jax.checkpoint import Checkpoints, read_meta
+from rlhf_jax.errors import CheckpointError, DataError, DivergedError
+from rlhf_jax.model.heads import initial_params
+from rlhf_jax.records import Prompts
+from rlhf_jax.stages import reward, sft
+from rlhf_jax.stages.descent import check_finite
+
+HUGE = 1e38  # a learning rate whose first update takes float32 out of its range in the next forward pass
+
+
+def latest(run, name):
+  with Checkpoints(run.checkpoints(name)) as checkpoints:
+    return checkpoints.latest()
+
+
+def test_metrics_of_every_update_and_held_out_ones_in_between(finished):
+  rows = timeless(finished / 'sft')
+  assert [row['step'] for row in rows if 'loss' in row] == [1, 2, 3, 4, 5, 6]
+  assert [row['step'] for row in rows if 'held_out/loss' in row] == [0, 2, 4, 6]
+  assert all(row['gradient_norm'] > 0 for row in rows if 'loss' in row)
+
+
+@pytest.mark.parametrize('name, stage', [('sft', sft), ('reward', reward)])
+def test_a_learning_rate_that_explodes_stops_at_a_step_and_keeps_batch_and_checkpoint(finished, tmp_path, name, stage):
+  settings = {f'{name}__optimizer__{field}': value for field, value in
+              (('learning_rate', HUGE), ('warmup_steps', 2), ('schedule', 'constant'))}
+  settings |= {f'{name}__checkpoint_every': 1, f'{name}__evaluate_every': 99}
+  run = prepare(copy(finished, tmp_path, 'tokenizer', *(['sft'] if name == 'reward' else [])), settings=settings)
+  with pytest.raises(DivergedError, match=rf'^{name} step (\d+): (loss|gradient_norm) is (nan|inf)\. Its batch is in'
+                     ) as raised:
+    stage.train(run)
+  step = int(str(raised.value).split()[2].rstrip(':'))
+  assert latest(run, name) == step - 1 >= 1 and not run.finished(name)
+  assert timeless(run.stage(name))[-1]['step'] == step - 1                      # what is not a number is not logged
+  with np.load(run.stage(name) / f'bad_batch_{step}.npz') as kept:
+    tokens = kept['tokens_BT' if name == 'sft' else 'tokens_BCT']
+    assert tokens.shape[0] == getattr(run.experiment, name).batch_size
+    assert kept['valid_BT' if name == 'sft' else 'valid_BCT'].any()
+
+
+def test_infinite_parameters_stop_the_first_step(tmp_path):
+  run = prepare(tmp_path)
+  params = jax.tree.map(np.array, initial_params(run.policy, jax.random.key(0)))
+  params['backbone']['embedding_VD'][:] = np.inf
+  with pytest.raises(DivergedError, match=r'^sft step 1: loss is nan.*bad_batch_1\.npz'):
+    sft.train(dataclasses.replace(run, pretrained=params))
+  assert latest(run, 'sft') is None
+
+
+@pytest.mark.parametrize('name', ['loss', 'gradient_norm', 'score', 'held_out/loss'])
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_each_of_these_stops_a_run_alone(tmp_path, name, value):
+  batch = Prompts(np.ones((2, 3), np.int32), np.ones((2, 3), bool), np.arange(2))
+  check_finite(tmp_path, 7, {'loss': 1.0, 'other': value}, batch)
+  assert not list(tmp_path.iterdir())
+  with pytest.raises(DivergedError, match=f'{tmp_path.name} step 7: {name} is {value}'):
+    check_finite(tmp_path, 7, {'loss': 1.0, name: value}, batch)
+  with np.load(tmp_path / 'bad_batch_7.npz') as kept:
+    assert set(kept) == {'tokens_BP', 'valid_BP', 'sample_B'}
+
+
+def test_what_is_longer_than_the_limits_is_left_out_and_counted(tmp_path, capsys):
+  run = prepare(tmp_path, settings={'sft__steps': 1, 'sft__optimizer__warmup_steps': 0})
+  train, held_out = run.task.demonstrations
+  long = [prompt('this and that and ' * 9, responses=('Yes.',), ranks=(0,)),
+          prompt('tea', responses=('Well, well, well. ' * 9,), ranks=(0,))]
+  sft.train(dataclasses.replace(run, task=dataclasses.replace(run.task, demonstrations=(train + long, held_out))))
+  assert f'sft: 2 of {len(train) + len(held_out) + 2} examples are longer than --data.limits allow' in \
+    capsys.readouterr().out
+
+
+def test_too_few_examples_for_a_batch(tmp_path):
+  run = prepare(tmp_path, settings={'sft__batch_size': 64})
+  with pytest.raises(DataError, match='40 examples do not fill one batch of 64'):
+    sft.train(run)
+
+
+def test_the_loss_before_is_reported_beside_the_loss_after(finished):
+  run = prepare(finished)
+  assert run.finished('sft') and run.finished('reward') and not run.finished('ppo')
+  measured, rows = read_meta(run.checkpoints('sft'))['evaluation'], timeless(finished / 'sft')
+  assert measured['loss_before'] == rows[0]['held_out/loss'] > measured['loss'] == rows[-1]['held_out/loss']
+  assert measured['perplexity'] == pytest.approx(np.exp(measured['loss']))
+
+
+def test_an_unfinished_stage_is_not_what_the_next_starts_from(tmp_path):
+  run = prepare(tmp_path)
+  with pytest.raises(CheckpointError, match=r'the stage sft is not finished in .* Run it first: add sft to --stages'):
+    reward.train(run)
+  with Checkpoints(run.checkpoints('sft')) as checkpoints:
+    checkpoints.save(2, {'a': np.zeros(1)}, {'finished': False})
+  with pytest.raises(CheckpointError, match=r'the stage sft is not finished'):
+    sft.restore(run)

@@ -1,0 +1,230 @@
+"""PPO as a stage: what it scores, how it holds the KL, when it stops, and that every way of running it works."""
+
+import dataclasses
+import itertools
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from small import assert_same_bits, copy, prepare, prompt, timeless
+
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.errors import CheckpointError, ConfigError, DataError, DivergedError
+from rlhf_jax.maths.kl import adaptive_kl_weight
+from rlhf_jax.metrics import read_samples
+from rlhf_jax.stages import ppo, reward, sft
+
+# At a constant rate the number of iterations is no part of the compiled programs, so most tests here share them.
+QUICK = {'ppo__epochs': 1, 'ppo__minibatches': 1, 'ppo__iterations': 2, 'ppo__optimizer__schedule': 'constant'}
+
+
+def trained(finished, target, parts=('tokenizer', 'sft', 'reward'), settings=None, **task):
+  """The Run of a PPO stage that has run in a copy of the finished directory."""
+  run = prepare(copy(finished, target, *parts), settings=settings, **task)
+  ppo.train(run)
+  return run
+
+
+def lengths(prompts, responses):
+  return [float(len(response)) for response in responses]
+
+
+def vowels(prompts, responses):
+  return [sum(letter in 'aeiou' for letter in response) / 7 for response in responses]
+
+
+@pytest.fixture(scope='module')
+def plain(finished, tmp_path_factory):
+  """The stage with nothing but the reward model, two epochs of two minibatches."""
+  return trained(finished, tmp_path_factory.mktemp('plain'))
+
+
+# ---- what holds of every run
+
+def test_before_the_first_update_the_policy_is_the_sft_model(plain):
+  first = timeless(plain.stage('ppo'))[0]
+  assert first['kl_nats_per_sequence'] == 0 and first['first_ratio'] == pytest.approx(1, abs=1e-5)
+  assert first['first_kl_k2'] < 1e-9
+
+
+def test_every_iteration_has_its_numbers(plain):
+  rows = timeless(plain.stage('ppo'))
+  assert [row['step'] for row in rows] == [1, 2, 3, 4]
+  for row in rows:
+    assert {'score', 'score_std', 'kl_nats_per_sequence', 'entropy', 'clip_fraction', 'explained_variance', 'ended',
+            'response_length', 'logprob_gap', 'gradient_norm', 'kl_weight', 'reward'} <= set(row)
+    assert 0 <= row['ended'] <= 1 <= row['response_length'] <= 10 and row['logprob_gap'] < 1e-4
+  assert [row['step'] for row in read_samples(plain.stage('ppo'))] == [2] * 8 + [4] * 8
+  assert all(row['prompt'].startswith('Want ') for row in read_samples(plain.stage('ppo')))
+
+
+def test_policy_and_value_move_and_the_sft_model_stays(plain):
+  params, start = ppo.restore(plain), sft.restore(plain)
+  moved = jax.tree.map(lambda x, y: float(abs(x - y).max()), params['policy'], start)
+  assert max(jax.tree.leaves(moved)) > 1e-5
+  assert float(abs(params['value']['scalar']['scalar_D'] - reward.restore(plain)['scalar']['scalar_D']).max()) > 1e-5
+
+
+def test_the_table_compares_the_two_on_prompts_that_are_held_out(plain):
+  table, said = ppo.compare(plain)
+  assert set(table) == set(said) == {'SFT', 'PPO'}
+  assert table['SFT']['KL, nats per answer'] == 0 != table['PPO']['KL, nats per answer']
+  assert set(said['SFT'][0]) == {'Want tar?', 'Want tin?'} and said['SFT'][0] == said['PPO'][0]
+  words = [len(response.split()) for response in said['PPO'][1]]
+  assert table['PPO']['words'] == pytest.approx(np.mean(words)) and len(words) == plain.experiment.ppo.batch_size
+
+
+# ---- what is scored
+
+def test_python_rewards_are_added_to_the_reward_model_by_weight(finished, plain, tmp_path):
+  """The first answers of a seed are the same in all these runs, so their scores are sums that can be checked."""
+  functions = {'lengths': (lengths, 0.25), 'vowels': (vowels, -2.0)}
+  mixed = trained(finished, tmp_path / 'mixed', settings=QUICK | {'ppo__reward_model_weight': 0.5},
+                  reward_functions=functions)
+  first, alone = timeless(mixed.stage('ppo'))[0], timeless(plain.stage('ppo'))[0]
+  assert first['reward/lengths'] > 0 and first['reward/vowels'] > 0
+  expected = 0.5 * alone['score'] + 0.25 * first['reward/lengths'] - 2 * first['reward/vowels']
+  assert first['score'] == pytest.approx(expected, abs=1e-4)
+
+
+def test_python_rewards_need_no_reward_model(finished, tmp_path):
+  run = trained(finished, tmp_path, ('tokenizer', 'sft'), QUICK, reward_functions={'lengths': (lengths, 0.5)})
+  rows = timeless(run.stage('ppo'))
+  assert [row['score'] for row in rows] == pytest.approx([0.5 * row['reward/lengths'] for row in rows])
+  assert rows[0]['value'] == 0                                                  # the value starts as a head of zeros
+  table, _ = ppo.compare(run)
+  assert np.isfinite(table['PPO']['score'])
+
+
+def test_a_python_reward_that_is_not_a_number_names_the_function(finished, tmp_path):
+  with pytest.raises(DataError, match="reward function 'broken' returned nan for response 0"):
+    trained(finished, tmp_path, ('tokenizer', 'sft'), reward_functions={
+      'broken': (lambda prompts, responses: [float('nan')] * len(responses), 1.0)})
+
+
+def test_nothing_that_scores(finished, tmp_path):
+  with pytest.raises(ConfigError, match=r'PPO has nothing to score answers: no reward model in .* and no reward function'):
+    trained(finished, tmp_path, ('tokenizer', 'sft'))
+
+
+def test_no_sft_model(finished, tmp_path):
+  with pytest.raises(CheckpointError, match=r'the stage sft is not finished in .* add sft to --stages'):
+    trained(finished, tmp_path, ('tokenizer',), reward_functions={'lengths': (lengths, 1.0)})
+
+
+def test_a_reward_model_that_is_not_finished(finished, tmp_path):
+  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'), reward_functions={'lengths': (lengths, 1.0)})
+  with Checkpoints(run.checkpoints('reward')):
+    pass
+  with pytest.raises(CheckpointError, match='the stage reward is not finished'):
+    ppo.train(run)
+
+
+# ---- the KL leash
+
+def test_the_kl_weight_adapts_as_ziegler_et_al_say(finished, tmp_path):
+  target, horizon = 0.02, 100
+  run = trained(finished, tmp_path, settings=QUICK | {
+    'ppo__iterations': 4, 'ppo__kl_target_nats_per_sequence': target, 'ppo__kl_horizon_episodes': horizon})
+  rows = timeless(run.stage('ppo'))
+  assert rows[0]['kl_weight'] == run.experiment.ppo.kl_weight
+  for row, following in itertools.pairwise(rows):
+    assert following['kl_weight'] == adaptive_kl_weight(
+      row['kl_weight'], row['kl_nats_per_sequence'], target_nats_per_sequence=target, horizon_episodes=horizon, episodes=16)
+  assert rows[1]['kl_weight'] == pytest.approx(rows[0]['kl_weight'] * (1 - 0.2 * 16 / 100))  # no KL yet: far below
+
+
+def test_it_stops_before_an_update_that_starts_beyond_the_kl_limit(finished, tmp_path, capsys):
+  far = QUICK | {'ppo__iterations': 6, 'ppo__optimizer__learning_rate': 0.05}
+  run = trained(finished, tmp_path / 'a', settings=far | {'ppo__kl_stop_nats_per_sequence': 0.5})
+  rows = timeless(run.stage('ppo'))
+  assert 1 < len(rows) < 6
+  assert rows[-1]['kl_nats_per_sequence'] > 0.5 > max(row['kl_nats_per_sequence'] for row in rows[:-1])
+  assert 'loss' in rows[-2] and 'loss' not in rows[-1]
+  assert f'stopped before the update of iteration {len(rows)}: KL' in capsys.readouterr().out
+  assert run.finished('ppo')
+  shorter = trained(finished, tmp_path / 'b', settings=far | {'ppo__iterations': len(rows) - 1})
+  assert_same_bits(ppo.restore(run), ppo.restore(shorter))
+
+
+# ---- what goes wrong
+
+def test_an_explosion_stops_at_its_iteration_and_keeps_answers_and_checkpoint(finished, tmp_path):
+  settings = QUICK | {'ppo__iterations': 4, 'ppo__checkpoint_every': 1, 'ppo__optimizer__learning_rate': 1e38}
+  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft', 'reward'), settings=settings)
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    with pytest.raises(DivergedError, match=r'^ppo step 2: \w+ is (nan|inf|-inf)\..*bad_batch_2\.npz'):
+      ppo.train(run)
+  with Checkpoints(run.checkpoints('ppo')) as checkpoints:
+    assert checkpoints.latest() == 1
+  with np.load(run.stage('ppo') / 'bad_batch_2.npz') as kept:
+    assert kept['tokens_BT'].shape == (16, 24) and kept['mask_BR'].shape == (16, 10)
+  assert [row['step'] for row in timeless(run.stage('ppo'))] == [1]
+
+
+def never_ends(run):
+  """An SFT model whose end token is as good as impossible, as the finished stage of a run."""
+  params = sft.restore(run)
+  unembed_DV = 50 * params['unembed']['unembed_DV'].at[:, run.tokenizer.eos_token_id].set(0)
+  with Checkpoints(run.checkpoints('sft')) as checkpoints:
+    checkpoints.save(99, {'params': params | {'unembed': {'unembed_DV': unembed_DV}}}, {'finished': True, 'evaluation': {}})
+
+
+def test_answers_of_which_none_ends_are_warned_of(finished, tmp_path):
+  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft', 'reward'), settings=QUICK)
+  never_ends(run)
+  with pytest.warns(UserWarning, match='no answer of iteration 1 ended with the end token: all were cut by the length '
+                                       'limit. The model never learned to end, or --data.limits.response-tokens'):
+    ppo.train(run)
+  assert timeless(run.stage('ppo'))[0]['ended'] == 0
+
+
+def test_prompts_over_the_limit_are_skipped_and_counted_or_cut(finished, tmp_path, capsys):
+  def task(run):
+    train, held_out = run.task.prompts
+    return dataclasses.replace(run, task=dataclasses.replace(run.task, prompts=([*train, prompt('this ' * 20)], held_out)))
+  run = prepare(copy(finished, tmp_path / 'skip', 'tokenizer', 'sft', 'reward'), settings=QUICK)
+  ppo.train(task(run))
+  assert 'ppo: 1 of 17 examples are longer than --data.limits allow' in capsys.readouterr().out
+  run = prepare(copy(finished, tmp_path / 'cut', 'tokenizer', 'sft', 'reward'),
+                settings=QUICK | {'data__limits__too_long': 'truncate', 'ppo__iterations': 1})
+  ppo.train(task(run))
+  assert 'are longer' not in capsys.readouterr().out
+
+
+# ---- other ways to run it
+
+def test_the_value_as_a_second_head_on_the_policys_trunk(finished, tmp_path):
+  run = trained(finished, tmp_path, settings=QUICK | {'ppo__shared_trunk': True})
+  assert set(ppo.restore(run)['value']) == {'scalar'}
+  rows = timeless(run.stage('ppo'))
+  assert rows[0]['value'] == 0 != rows[1]['value']
+
+
+def test_a_reward_model_of_another_size(finished, tmp_path):
+  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'), settings=QUICK | {'reward_preset': 'smaller'})
+  reward.train(run)
+  ppo.train(run)
+  assert ppo.restore(run)['value']['backbone']['final_norm_D'].shape == (8,)
+  assert ppo.restore(run)['policy']['backbone']['final_norm_D'].shape == (16,)
+  assert run.reward.config.vocab_size == run.policy.config.vocab_size           # they read the same tokens
+
+
+def test_a_value_of_another_size_needs_a_reward_model(finished, tmp_path):
+  with pytest.raises(ConfigError, match='a value function of the size of smaller, but no reward model to start it from'):
+    trained(finished, tmp_path, ('tokenizer', 'sft'), QUICK | {'reward_preset': 'smaller'},
+            reward_functions={'lengths': (lengths, 1.0)})
+
+
+def test_a_shared_trunk_has_the_size_of_the_policy(tmp_path):
+  with pytest.raises(ConfigError, match=r"a value head on the policy's trunk, but a reward model of another size"):
+    prepare(tmp_path, settings={'reward_preset': 'smaller', 'ppo__shared_trunk': True})
+
+
+def test_mapped_over_eight_devices_as_on_one(finished, plain, tmp_path):
+  run = trained(finished, tmp_path, settings={'mesh__runner': 'pmap'})
+  for row, expected in zip(timeless(run.stage('ppo')), timeless(plain.stage('ppo')), strict=True):
+    for name in ('score', 'kl_nats_per_sequence', 'entropy', 'loss', 'response_length', 'value', 'gradient_norm'):
+      assert row[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-4), (row['step'], name)
