@@ -294,7 +294,7 @@ def test_errors_say_what_to_do(call, error, message):
 
 
 def test_texts_are_short_in_tokens():
-  tokenizers = pytest.importorskip('tokenizers')
+  import tokenizers
   shown = simulated.demonstrations(0, 3000)
   bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
   bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
