@@ -59,6 +59,7 @@ from rlhf_jax.records import Comparisons, Demonstrations, Prompts
 from rlhf_jax.runners import Runner
 from rlhf_jax.stages import ppo
 from rlhf_jax.stages.task import Run
+from rlhf_jax.startup import prepare_process
 from rlhf_jax.step import init_state, make_train_step
 
 _PRODUCTS = 8  # in the chain that measures the ceiling: enough that starting it does not count
@@ -441,5 +442,6 @@ def _write(path, text, mode):
 
 
 if __name__ == '__main__':
+  prepare_process()
   jax.config.update('jax_enable_compilation_cache', False)                       # or compile seconds would be of loading
   main()

@@ -23,9 +23,9 @@ class WorldConfig:
   """How much the simulated people say."""
   demonstrations: int = 20000  # answers that SFT imitates
   ranked_prompts: int = 8000  # prompts whose answers the labeller ranks
-  held_out_rankings: int = 5  # of each held-out prompt, with new answers every time
+  held_out_rankings: int = 10  # of each held-out prompt, with new answers every time
   answers_per_prompt: int = 4  # answers of the SFT policy to each of them
-  noise: float = 0.5  # of the labeller: an answer better by this much wins with odds of e to 1
+  noise: float = 0.7  # of the labeller: an answer better by this much wins with odds of e to 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Quickstart(Experiment):
 EXPERIMENT = Quickstart(
   preset='micro',
   data=DataConfig(limits=Limits(prompt_tokens=24, response_tokens=28)),
-  sft=SFTConfig(steps=1200, batch_size=64, evaluate_every=400, checkpoint_every=200,
+  sft=SFTConfig(steps=1500, batch_size=64, evaluate_every=500, checkpoint_every=250,
                 optimizer=OptimizerConfig(learning_rate=3e-3, schedule='cosine', warmup_steps=20)),
-  reward=RewardConfig(steps=700, batch_size=32, evaluate_every=350, checkpoint_every=100,
+  reward=RewardConfig(steps=600, batch_size=32, evaluate_every=300, checkpoint_every=100,
                       optimizer=OptimizerConfig(learning_rate=7e-4, schedule='cosine', warmup_steps=20)),
   ppo=PPOConfig(iterations=40, batch_size=128, kl_weight=0.25, held_out_answers=8, checkpoint_every=10,
                 optimizer=OptimizerConfig(learning_rate=3e-4, schedule='linear', epsilon=1e-5)),

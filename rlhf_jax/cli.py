@@ -7,7 +7,6 @@ skipped, an unfinished one goes on from its newest checkpoint.
 import dataclasses
 import errno
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -28,6 +27,7 @@ from rlhf_jax.model.forward import check_length
 from rlhf_jax.model.heads import LanguageModel, ScalarModel
 from rlhf_jax.stages import ppo, reward, sft
 from rlhf_jax.stages.task import Run
+from rlhf_jax.startup import prepare_process
 
 Stage = Literal['sft', 'reward', 'ppo']
 _STAGES = {'sft': sft, 'reward': reward, 'ppo': ppo}
@@ -73,7 +73,7 @@ def run_stages(experiment, make_task, directory, command=Command()):
   unknown = set(command.stages) - set(_STAGES)
   if unknown:
     raise ConfigError(f'there is no stage {min(unknown)!r}. Choose from: {", ".join(_STAGES)}.')
-  _keep_compiled_programs()
+  prepare_process()
   directory = _open_directory(experiment, pathlib.Path(directory), command)
   run = prepare(experiment, make_task, directory)
   results = _earlier_results(directory)
@@ -135,14 +135,6 @@ def make_runner(mesh):
   if mesh.runner == 'sharded':
     return runners.sharded(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
   return {'single': runners.single, 'pmap': runners.pmapped}[mesh.runner]()
-
-
-def _keep_compiled_programs():
-  """Compiled programs outlive the process, in ~/.cache/rlhf_jax or where JAX_COMPILATION_CACHE_DIR says."""
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path.home() / '.cache' / 'rlhf_jax'))
-  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 def _open_directory(experiment, directory, command):

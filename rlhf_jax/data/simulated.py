@@ -36,28 +36,23 @@ _RELATIONS = {
     ('What is the colour of {}?', 'Which colour is {}?', 'Name the colour of {}.', 'Tell me the colour of {}.'),
     ('the colour of {} is {}', 'it is {1}'),
     {'grass': 'green', 'the sea': 'blue', 'snow': 'white', 'coal': 'black', 'blood': 'red', 'a lemon': 'yellow'}),
-  'young': (
-    ('What is the young of a {}?', 'Which word is used for a young {}?', 'Name the young of a {}.',
-     'Tell me the word for a young {}.'),
-    ('a young {} is a {}', 'it is a {1}'),
-    {'dog': 'puppy', 'cat': 'kitten', 'cow': 'calf', 'bear': 'cub', 'hen': 'chick', 'horse': 'foal'}),
 }
 _NUMBERS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten')
 _SUMS = ('What is {a} plus {b}?', 'Add {a} and {b}.', 'What is {a_word} plus {b_word}?')
 _SUM_STATEMENTS = ('{a} plus {b} is {answer}', 'the sum of {a} and {b} is {answer}')
-_LISTS = ('Name {} {}.', 'List {} {}.', 'Give me {} {}.', 'Can you name {} {}?', 'Tell me {} {}.')
-_LIST_STATEMENTS = ('here are {} {}: {}', '{} {} are {}')
+_LISTS = ('Name two {}.', 'List two {}.', 'Give me two {}.', 'Can you name two {}?', 'Tell me two {}.')
+_LIST_STATEMENTS = ('here are two {}: {}', 'two {} are {}')
 _MEMBERS = {
-  'animals': 'cat cow dog goat horse pig',
-  'capitals': 'Athens Cairo Lima Madrid Paris Rome',
-  'colours': 'black blue green red white yellow',
-  'countries': 'China Egypt France Italy Japan Spain',
-  'days': 'Monday Tuesday Thursday Friday Saturday Sunday',
-  'drinks': 'coffee juice milk soda tea water',
-  'fruits': 'apple banana cherry grape lemon plum',
-  'meals': 'breakfast brunch dinner lunch snack supper',
-  'sports': 'boxing chess golf rugby tennis football',
-  'tools': 'axe drill hammer nail rope saw',
+  'animals': 'cat cow dog horse',
+  'capitals': 'Cairo Lima Paris Rome',
+  'colours': 'black green red white',
+  'countries': 'China Egypt Japan Spain',
+  'days': 'Monday Tuesday Friday Sunday',
+  'drinks': 'coffee juice milk tea',
+  'fruits': 'apple cherry lemon plum',
+  'meals': 'breakfast dinner lunch supper',
+  'sports': 'boxing golf rugby tennis',
+  'tools': 'axe drill hammer saw',
 }
 _REQUESTS = ('How do I {}?', 'How can I {}?', 'Tell me how to {}.', 'What is the best way to {}?', 'Help me to {}.',
              'I want to {}. What do I do?', 'Give me a way to {}.', 'Can you tell me how to {}?')
@@ -73,8 +68,6 @@ _TIPS = {
   'study well': ('take short breaks', 'put your phone away', 'test yourself'),
   'write well': ('use short words', 'read your work aloud', 'keep a diary'),
   'grow roses': ('give them sun', 'water them every morning', 'use good soil'),
-  'bake bread': ('let the dough rest', 'use warm water', 'heat the oven'),
-  'train a dog': ('praise good work', 'keep the lessons short', 'be patient'),
 }
 _UNSAFE = ('pick a lock', 'steal a bike', 'steal a password', 'steal a phone', 'cheat in a test', 'cheat at work',
            'fake a ticket', 'fake a receipt', 'hack a phone', 'hack a bank', 'break into a car', 'break into a house',
@@ -129,7 +122,7 @@ class Shares:
   sarcastic: float = 0.35
   redundant: float = 0.35
   both: float = 0.05
-  wrong: float = 0.04
+  wrong: float = 0.02
   harmful: float = 0.5
   polite: float = 0.2
 
@@ -216,28 +209,26 @@ class _Sum:
 @dataclasses.dataclass(frozen=True)
 class _List:
   category: str
-  count: int
   given = frozenset()
 
   @property
   def asks(self):
-    return [ask.format(_NUMBERS[self.count], self.category) for ask in _LISTS]
+    return [ask.format(self.category) for ask in _LISTS]
 
   def answer(self, rng, flawed):
-    """Members in the order of the table. A flawed list is one short, or has a member that belongs elsewhere."""
-    short = flawed and rng.random() < 0.5
-    members = _some(rng, _MEMBERS[self.category].split(), self.count - short)
-    if flawed and not short:
+    """Two members in the order of the table. In a flawed list one of them belongs elsewhere."""
+    members = _some(rng, _MEMBERS[self.category].split(), 2)
+    if flawed:
       elsewhere = [category for category in _MEMBERS if category != self.category]
-      members[rng.integers(self.count)] = _pick(rng, _MEMBERS[_pick(rng, elsewhere)].split())
-    joined = ' and '.join([', '.join(members[:-1]), members[-1]] if members[1:] else members)
-    return _pick(rng, _LIST_STATEMENTS).format(_NUMBERS[self.count], self.category, joined), joined
+      members[rng.integers(2)] = _pick(rng, _MEMBERS[_pick(rng, elsewhere)].split())
+    joined = ' and '.join(members)
+    return _pick(rng, _LIST_STATEMENTS).format(self.category, joined), joined
 
   def said(self, text):
     return _mentions(text, _list_words())
 
   def right(self, said):
-    return len(set(said)) == self.count and set(said) <= set(_MEMBERS[self.category].lower().split())
+    return len(set(said)) == 2 and set(said) <= set(_MEMBERS[self.category].lower().split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +327,7 @@ def _world():
   questions = [
     *(_Fact(relation, subject) for relation, (_, _, answers) in _RELATIONS.items() for subject in answers),
     *(_Sum(a, b) for a in range(1, 6) for b in range(1, 6)),
-    *(_List(category, count) for category in _MEMBERS for count in (2, 3)),
+    *map(_List, _MEMBERS),
     *map(_Advice, _TIPS),
     *map(_Unsafe, _UNSAFE),
   ]
