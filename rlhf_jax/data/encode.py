@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from rlhf_jax.data.text import dialogue_tokens, prompt_tokens
+from rlhf_jax.data.text import dialogue_tokens, prompt_text, prompt_tokens
 from rlhf_jax.errors import DataError
 
 
@@ -25,6 +25,7 @@ class Row:
   """One sequence: ids, and which of them the assistant wrote."""
   ids: list[int]
   mask: list[bool]
+  asked: str = ''  # of a prompt alone: its whole text, also where the ids are cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,9 @@ def comparisons(examples, tokenizer, limits):
 def prompts(examples, tokenizer, limits):
   """(Rows of prompts alone, how many were too long and skipped)."""
   def row(example):
-    ids = _cut_prompt(prompt_tokens(tokenizer, example.prompt), limits)
-    return None if ids is None else Row(ids, [False] * len(ids))
+    whole = prompt_tokens(tokenizer, example.prompt)
+    ids = _cut_prompt(whole, limits)
+    return None if ids is None else Row(ids, [False] * len(ids), prompt_text(tokenizer, whole))
   return _encoded(examples, limits, row)
 
 

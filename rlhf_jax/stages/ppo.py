@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_jax import handoff
 from rlhf_jax.checkpoint import Checkpoints, restore_part
 from rlhf_jax.data import batches, encode
-from rlhf_jax.data.text import prompt_text, response_text
+from rlhf_jax.data.text import prompt_text
 from rlhf_jax.errors import ConfigError
 from rlhf_jax.experience import experience
 from rlhf_jax.losses.ppo import ppo
@@ -22,7 +22,7 @@ from rlhf_jax.model.heads import Models, initial_params
 from rlhf_jax.optimizer import make_optimizer
 from rlhf_jax.rewards import score_texts
 from rlhf_jax.stages import reward, sft
-from rlhf_jax.stages.answers import compile_answer, rollouts
+from rlhf_jax.stages.answers import compile_answer, rollouts, texts
 from rlhf_jax.stages.descent import check_finite
 from rlhf_jax.step import init_state, make_train_step
 from rlhf_jax.update import make_update
@@ -168,12 +168,11 @@ def _extra_scores(run, rollout):
 
 
 def texts_of(run, rollout):
-  """(prompts, responses) of a rollout as texts."""
+  """(prompts, responses) of a rollout as texts: prompts as the policy saw them, cut where a limit cut them."""
   fetched = run.runner.fetch(rollout)
-  R = fetched.mask_BR.shape[1]
-  say = lambda read, tokens_BT, kept_BT: [read(run.tokenizer, tokens[kept]) for tokens, kept in zip(tokens_BT, kept_BT)]
-  return (say(prompt_text, fetched.tokens_BT[:, :-R], fetched.valid_BT[:, :-R]),
-          say(response_text, fetched.tokens_BT[:, -R:], fetched.mask_BR))
+  P = fetched.tokens_BT.shape[1] - fetched.mask_BR.shape[1]
+  asked = [prompt_text(run.tokenizer, tokens[:P][valid[:P]]) for tokens, valid in zip(fetched.tokens_BT, fetched.valid_BT)]
+  return asked, texts(run, rollout)
 
 
 def _check_facts(done, known):
@@ -240,13 +239,12 @@ def compare(run):
   rows = rows * run.experiment.ppo.held_out_answers
   B = run.experiment.ppo.batch_size
   rows = rows[:len(rows) // B * B] or [rows[i % len(rows)] for i in range(B)]    # whole batches, every answer counted once
-  table, said = {}, {}
+  prompts, table, said = [row.asked for row in rows], {}, {}
   for name, params in (('SFT', trained | {'policy': frozen['reference']}), ('PPO', trained)):
-    prompts, responses, sums = [], [], None
+    responses, sums = [], None
     key = jax.random.key(run.experiment.seed + 2)
     for rollout, _ in rollouts(run, programs.answer, params['policy'], rows, key):
-      asked, answered = texts_of(run, rollout)
-      prompts, responses = prompts + asked, responses + answered
+      responses += texts(run, rollout)
       extra_score_B, _ = _extra_scores(run, rollout)
       _, metrics = programs.look_back(params, frozen, rollout, jnp.float32(0), {'score_B': extra_score_B})
       metrics = run.runner.fetch(metrics)

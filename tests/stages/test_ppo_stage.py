@@ -190,9 +190,11 @@ def test_prompts_over_the_limit_are_skipped_and_counted_or_cut(finished, tmp_pat
   assert 'ppo: 1 of 17 examples are longer than --data.limits allow' in capsys.readouterr().out
   run = prepare(copy(finished, tmp_path / 'cut', 'tokenizer', 'sft', 'reward'),
                 settings=QUICK | {'data__limits__too_long': 'truncate', 'ppo__iterations': 1})
-  ppo.train(task(run))
+  run = task(run)
+  ppo.train(run)
   assert 'are longer' not in capsys.readouterr().out
-
+  asked = ppo.compare(dataclasses.replace(run, task=dataclasses.replace(run.task, prompts=run.task.prompts[::-1])))[1]
+  assert f"Want {'this ' * 20}?" in asked['PPO'][0]                               # whole, although the policy saw its end
 
 # ---- other ways to run it
 
