@@ -41,7 +41,7 @@ EXPERIMENT = Quickstart(
                 optimizer=OptimizerConfig(learning_rate=3e-3, schedule='cosine', warmup_steps=20)),
   reward=RewardConfig(steps=600, batch_size=32, evaluate_every=300, checkpoint_every=100,
                       optimizer=OptimizerConfig(learning_rate=7e-4, schedule='cosine', warmup_steps=20)),
-  ppo=PPOConfig(iterations=40, batch_size=128, kl_weight=0.3, held_out_answers=16, checkpoint_every=10,
+  ppo=PPOConfig(iterations=50, batch_size=128, kl_weight=0.27, held_out_answers=16, checkpoint_every=10,
                 optimizer=OptimizerConfig(learning_rate=2e-4, schedule='linear', epsilon=1e-5)),
 )
 
