@@ -86,6 +86,7 @@ class PPOConfig:
   """Proximal policy optimisation against the reward model."""
   iterations: int = 60  # rounds of answering and learning
   batch_size: int = 64  # prompts answered in an iteration
+  slots: int | None = None  # answers written at a time, from a queue of the prompts; None: all at once
   epochs: int = 4  # passes over an iteration's answers
   minibatches: int = 1  # updates in a pass
   microbatches: int = 1  # pieces that a minibatch is computed in
@@ -105,7 +106,7 @@ class PPOConfig:
 
   def __post_init__(self):
     _positive(self, 'iterations', 'batch_size', 'epochs', 'minibatches', 'microbatches', 'held_out_answers', 'samples_every',
-              'checkpoint_every')
+              'checkpoint_every', *(('slots',) if self.slots is not None else ()))
     if self.temperature <= 0:
       raise ConfigError(f'PPO temperature={self.temperature}. It must be positive: greedy answers have no probability.')
 

@@ -1,70 +1,51 @@
 """Sampling from a policy: prefill and decode in one compiled call, with no host round trip.
 
-Chance depends on the key, the sample's number and the place in the response, never on who shares the batch, so one CPU,
-eight devices and another batch size give a prompt the same answer.
+B prompts wait for Q slots. A slot whose answer has ended is given the next prompt, several slots at a time: one prefill,
+then a token a step until as many are free again. The cache is a ring whose write place all slots share, so that a token
+is written as one slice although answers start at different times. Chance depends on the key, the sample's number and the
+place in the response, never on who shares the batch: one CPU, eight devices and another Q give a prompt the same answer.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.axes import check_axes
 from rlhf_jax.errors import ConfigError
-from rlhf_jax.maths.sampling import sample_tokens
+from rlhf_jax.maths.sampling import Sampling, sample_tokens
 from rlhf_jax.model.cache import empty_cache
+from rlhf_jax.model.config import ModelConfig
 from rlhf_jax.model.forward import attends, check_length, positions
 from rlhf_jax.model.heads import prepare_to_decode, unembed_DV
-from rlhf_jax.model.partition import constrain
-from rlhf_jax.records import Rollout
+from rlhf_jax.model.partition import batch_parts, constrain
+from rlhf_jax.records import Prompts, Rollout
+
+_REFILLS = 4  # a refill waits until one slot in so many is free: fewer prefills, against slots that idle
 
 
-def generate(model, params, prompts, key, sampling):
-  """Answers of a LanguageModel to left-padded prompts, as a Rollout of R = sampling.new_tokens slots.
+def generate(model, params, prompts, key, sampling, slots=None):
+  """Answers of a LanguageModel to left-padded prompts, as a Rollout of R = sampling.new_tokens response slots.
 
-  Stops when every response has sampled one of `sampling.end_tokens`. `logprob_BR` are the nats of the distribution that
-  was sampled from: at the temperature, after top-k and top-p. At temperature 0 they are those of temperature 1.
+  `slots` sequences are decoded at a time (None: all of them at once); where a mesh cuts the batch, each part drains a
+  queue of its own. Stops when every response has sampled one of `sampling.end_tokens` or is full. `logprob_BR` are the
+  nats of the distribution that was sampled from: at the temperature, after top-k and top-p. At temperature 0 they are
+  those of temperature 1.
   """
-  P = check_axes(tokens_BP=prompts.tokens_BP, valid_BP=prompts.valid_BP, sample_B=prompts.sample_B)['P']
-  R, config = sampling.new_tokens, model.config
-  check_length(config, P + R)
-  _check_ids(config, sampling)
-  params = prepare_to_decode(model, params)
-  run = functools.partial(model.apply, {'params': params})
-  unembed = unembed_DV(params)
-
-  def sample(hidden_BD, t):
-    logits_BV = jnp.matmul(hidden_BD, unembed, preferred_element_type=jnp.float32)
-    logits_BV = constrain(logits_BV, 'BV')                                      # gathered once, then sampled locally
-    return sample_tokens(logits_BV, key, prompts.sample_B, t, sampling)
-
-  def note(answer, t, token_B, logprob_B, alive_B):
-    """The three [B, R] arrays with column t filled in, and who goes on."""
-    token_B = jnp.where(alive_B, token_B, sampling.pad_token)
-    columns = token_B, jnp.where(alive_B, logprob_B, 0.0), alive_B
-    put = lambda array, column: jax.lax.dynamic_update_slice_in_dim(array, column[:, None], t, axis=1)
-    ends_B = jnp.isin(token_B, jnp.array(sampling.end_tokens, jnp.int32))
-    return jax.tree.map(put, answer, columns), token_B, alive_B & ~ends_B
-
-  def decode(carry):
-    t, token_B, alive_B, cache, answer = carry                                  # token_B is answer number t
-    seen_BTS = _seen(prompts.valid_BP, R, t, config.window)
-    position_BT = (prompts.valid_BP.sum(1, dtype=jnp.int32) + t)[:, None]
-    hidden_BTD, cache = run(token_B[:, None], position_BT, seen_BTS, cache, P + t)
-    token_B, logprob_B = sample(hidden_BTD[:, 0], t + 1)
-    answer, token_B, alive_B = note(answer, t + 1, token_B, logprob_B, alive_B)
-    return t + 1, token_B, alive_B, cache, answer
-
-  hidden_BD, cache = _prefill(run, config, prompts, R)
-  B = hidden_BD.shape[0]
-  answer = jnp.zeros((B, R), jnp.int32) + sampling.pad_token, jnp.zeros((B, R)), jnp.zeros((B, R), bool)
-  answer, token_B, alive_B = note(answer, 0, *sample(hidden_BD, 0), jnp.ones(B, bool))
-  carry = jnp.int32(0), token_B, alive_B, cache, answer
-  goes_on = lambda carry: (carry[0] + 1 < R) & carry[2].any()
-  _, _, alive_B, _, (tokens_BR, logprob_BR, mask_BR) = jax.lax.while_loop(goes_on, decode, carry)
-  return Rollout(tokens_BT=jnp.concatenate([prompts.tokens_BP, tokens_BR], 1),
+  sizes = check_axes(tokens_BP=prompts.tokens_BP, valid_BP=prompts.valid_BP, sample_B=prompts.sample_B)
+  check_length(model.config, sizes['P'] + sampling.new_tokens)
+  _check_ids(model.config, sampling)
+  params, parts = prepare_to_decode(model, params), batch_parts()
+  queue = _Queue(functools.partial(model.apply, {'params': params}), unembed_DV(params), prompts, key, sampling,
+                 model.config, parts, _check_slots(sizes['B'], slots, parts))
+  answers = queue.drain()
+  mask_BR = jnp.arange(sampling.new_tokens) < answers.length_B[:, None]
+  return Rollout(tokens_BT=jnp.concatenate([prompts.tokens_BP, answers.tokens_BR], 1),
                  valid_BT=jnp.concatenate([prompts.valid_BP, mask_BR], 1),
-                 logprob_BR=logprob_BR, mask_BR=mask_BR, ended_B=~alive_B, sample_B=prompts.sample_B)
+                 logprob_BR=answers.logprob_BR, mask_BR=mask_BR, ended_B=answers.ended_B, sample_B=prompts.sample_B)
 
 
 def _check_ids(config, sampling):
@@ -75,17 +56,161 @@ def _check_ids(config, sampling):
                         'Take the ids from the tokenizer that belongs to the model.')
 
 
-def _prefill(run, config, prompts, R):
-  """The stream after the last prompt token, [B, D], and a cache that holds the prompts and has R slots free."""
-  B, P = prompts.tokens_BP.shape
-  hidden_BTD, cache = run(prompts.tokens_BP, positions(prompts.valid_BP),
-                          attends(prompts.valid_BP, window=config.window), empty_cache(config, B, P), 0)
-  return hidden_BTD[:, -1], jax.tree.map(lambda x_BKSH: jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, R), (0, 0))), cache)
+def _check_slots(B, slots, parts):
+  """How many of B prompts are decoded at a time."""
+  if slots is not None and slots < 1:
+    raise ConfigError(f'slots is {slots}. Pass how many sequences to decode at a time, or None for all at once.')
+  slots = B if slots is None else min(slots, B)
+  if B % parts or slots % parts:
+    raise ConfigError(f'{B} prompts on {slots} slots, but the mesh cuts a batch into {parts} parts. Make both multiples of '
+                      f'{parts}.')
+  return slots
 
 
-def _seen(valid_BP, R, t, window):
-  """Which of the P + R slots the token in slot P + t sees, bool [B, 1, S]: real prompt tokens, and answers up to its own."""
-  P = valid_BP.shape[1]
-  slot = jnp.arange(P + R)
-  seen_BS = jnp.pad(valid_BP, ((0, 0), (0, R)), constant_values=True) & (slot <= P + t)
-  return (seen_BS if window is None else seen_BS & (P + t - slot < window))[:, None]
+@flax.struct.dataclass
+class _Answers:
+  """What is said so far."""
+  tokens_BR: jax.Array
+  logprob_BR: jax.Array
+  length_B: jax.Array
+  ended_B: jax.Array
+
+
+@flax.struct.dataclass
+class _Decoding:
+  """What goes from token to token. `prompt_Q` is the number of a slot's prompt in its part of the batch."""
+  clock: jax.Array  # where the next token is written, before it is taken modulo the ring
+  taken: jax.Array  # how many prompts of each part have left the queue
+  prompt_Q: jax.Array
+  sample_Q: jax.Array
+  token_Q: jax.Array  # the last that was drawn
+  slot_Q: jax.Array  # its place in the response
+  position_Q: jax.Array  # its position in the sequence
+  alive_Q: jax.Array
+  seen_QS: jax.Array  # which places of the ring belong to the sequence
+  cache: tuple
+  answers: _Answers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Queue:
+  """B prompts on Q slots, in `parts` that never look at each other."""
+  run: Callable  # of the model with its parameters
+  unembed_DV: jax.Array
+  prompts: Prompts
+  key: jax.Array
+  sampling: Sampling
+  config: ModelConfig
+  parts: int
+  slots: int
+
+  @property
+  def _prompts_a_part(self):
+    return self.prompts.sample_B.shape[0] // self.parts
+
+  @property
+  def _all_at_once(self):
+    return self.slots == self.prompts.sample_B.shape[0]
+
+  @property
+  def _refill(self):
+    """How many slots of a part are filled at a time."""
+    slots = self.slots // self.parts
+    return slots if self._all_at_once else -(-slots // _REFILLS)
+
+  @property
+  def _ring(self):
+    """Places of the ring, S: the longest sequence."""
+    return self.prompts.tokens_BP.shape[1] + self.sampling.new_tokens
+
+  def drain(self):
+    """The _Answers to all prompts."""
+    turn = lambda state: jax.lax.while_loop(self._decodes_on, self._decode, self._fill(state))
+    if self._all_at_once:
+      return turn(self._start()).answers
+    goes_on = lambda state: (state.taken < self._prompts_a_part).any() | state.alive_Q.any()
+    return jax.lax.while_loop(goes_on, turn, self._start()).answers
+
+  def _start(self):
+    (B, P), Q, R = self.prompts.tokens_BP.shape, self.slots, self.sampling.new_tokens
+    zero_Q, dead_Q = jnp.zeros(Q, jnp.int32), jnp.zeros(Q, bool)
+    answers = _Answers(tokens_BR=jnp.full((B, R), self.sampling.pad_token, jnp.int32), logprob_BR=jnp.zeros((B, R)),
+                       length_B=jnp.zeros(B, jnp.int32), ended_B=jnp.zeros(B, bool))
+    return _Decoding(clock=jnp.int32(P), taken=jnp.zeros(self.parts, jnp.int32), prompt_Q=zero_Q, sample_Q=zero_Q,
+                     token_Q=zero_Q, slot_Q=zero_Q, position_Q=zero_Q, alive_Q=dead_Q,
+                     seen_QS=jnp.zeros((Q, self._ring), bool), cache=empty_cache(self.config, Q, self._ring),
+                     answers=answers)
+
+  def _decodes_on(self, state):
+    """Whether some answer goes on, and not so many slots are free that it is time to fill them."""
+    waits = state.taken < self._prompts_a_part
+    free = (~state.alive_Q).reshape(self.parts, -1).sum(1)
+    due = waits.any() & (jnp.where(waits, free, 0).sum() >= self._refill * waits.sum())
+    return state.alive_Q.any() & ~due
+
+  def _fill(self, state):
+    """Free slots get the next prompts, and the first token of each answer is drawn."""
+    row, prompt, taken = self._each_part(self._choose, state.alive_Q, state.taken, self.prompts.valid_BP)
+    ask = lambda x: self._each_part(lambda x, prompt: x.at[prompt].get(mode='clip'), x, prompt)
+    tokens, sample = ask(self.prompts.tokens_BP), ask(self.prompts.sample_B)
+    used, P = prompt < self._prompts_a_part, tokens.shape[1]
+    valid = ask(self.prompts.valid_BP) & used[:, None]
+    hidden, cache = self.run(tokens, positions(valid), attends(valid, window=self.config.window),
+                             empty_cache(self.config, len(row), P), 0)
+    token, answers, alive = self._draw(hidden[:, -1], state.answers, prompt, sample, jnp.zeros_like(row), used)
+    new = {'prompt_Q': prompt, 'sample_Q': sample, 'token_Q': token, 'slot_Q': jnp.zeros_like(row),
+           'position_Q': valid.sum(1, dtype=jnp.int32), 'alive_Q': alive, 'seen_QS': self._around(valid, 1, state.clock),
+           'cache': jax.tree.map(lambda x: self._around(x, 2, state.clock), cache)}
+    if not self._all_at_once:
+      put = lambda old, new: self._each_part(lambda old, row, new: old.at[row].set(new, mode='drop'), old, row, new)
+      new = {name: jax.tree.map(put, getattr(state, name), value) for name, value in new.items()}
+    return state.replace(taken=taken, answers=answers, **new)
+
+  def _choose(self, alive, taken, valid):
+    """Of one part: the slots to fill, the prompts for them (longest first), and how many prompts have now left the queue.
+
+    Where there are fewer free slots or prompts than a refill has places, slot and prompt are numbers too high to be real.
+    """
+    row = jnp.argsort(alive, stable=True)[:self._refill]                        # free ones first
+    place = taken + jnp.arange(len(row))
+    used = ~alive[row] & (place < len(valid))
+    order = jnp.arange(len(valid)) if self._all_at_once else jnp.argsort(-valid.sum(1), stable=True)
+    prompt = jnp.where(used, order.at[place].get(mode='clip'), len(valid))
+    return jnp.where(used, row, len(alive)), prompt, taken + used.sum(dtype=jnp.int32)
+
+  def _around(self, x, axis, clock):
+    """Prompts laid into the ring so that their last token stands before the next place to be written."""
+    widths = [(0, self._ring - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+    return jnp.roll(jnp.pad(x, widths), clock - x.shape[axis], axis)
+
+  def _decode(self, state):
+    """One more token for every slot; what the free ones say is dropped."""
+    place, window = state.clock % self._ring, self.config.window
+    seen_QS = jax.lax.dynamic_update_slice_in_dim(state.seen_QS, jnp.ones((self.slots, 1), bool), place, axis=1)
+    age_S = (place - jnp.arange(self._ring)) % self._ring
+    sees_QS = seen_QS if window is None else seen_QS & (age_S < window)
+    hidden_QTD, cache = self.run(state.token_Q[:, None], state.position_Q[:, None], sees_QS[:, None], state.cache, place)
+    token_Q, answers, alive_Q = self._draw(hidden_QTD[:, 0], state.answers, state.prompt_Q, state.sample_Q, state.slot_Q + 1,
+                                           state.alive_Q)
+    return state.replace(clock=state.clock + 1, token_Q=token_Q, slot_Q=state.slot_Q + 1, position_Q=state.position_Q + 1,
+                         alive_Q=alive_Q, seen_QS=seen_QS, cache=cache, answers=answers)
+
+  def _draw(self, hidden_QD, answers, prompt_Q, sample_Q, slot_Q, alive_Q):
+    """The next token of each sequence, the answers with it where it is alive, and which sequences go on after it."""
+    logits_QV = jnp.matmul(hidden_QD, self.unembed_DV, preferred_element_type=jnp.float32)
+    logits_QV = constrain(logits_QV, 'BV')                                      # gathered once, then sampled locally
+    token_Q, logprob_Q = sample_tokens(logits_QV, self.key, sample_Q, slot_Q, self.sampling)
+    ends_Q = jnp.isin(token_Q, jnp.array(self.sampling.end_tokens, jnp.int32))
+    prompt_Q = jnp.where(alive_Q, prompt_Q, self._prompts_a_part)                # of a free slot: none
+    place = lambda array, value, *at: self._each_part(
+      lambda array, value, *at: array.at[at].set(value, mode='drop'), array, value, prompt_Q, *at)
+    answers = _Answers(place(answers.tokens_BR, token_Q, slot_Q), place(answers.logprob_BR, logprob_Q, slot_Q),
+                       place(answers.length_B, slot_Q + 1), place(answers.ended_B, ends_Q))
+    return token_Q, answers, alive_Q & ~ends_Q & (slot_Q + 1 < self.sampling.new_tokens)
+
+  def _each_part(self, fn, *arrays):
+    """fn of each part of the arrays, which are cut along their first axis, and what it returns joined again."""
+    if self.parts == 1:
+      return fn(*arrays)
+    cut = [x.reshape(self.parts, x.shape[0] // self.parts, *x.shape[1:]) for x in arrays]
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(fn)(*cut))

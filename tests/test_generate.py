@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
+from rlhf_jax import runners
 from rlhf_jax.errors import ConfigError
 from rlhf_jax.generate import generate
 from rlhf_jax.maths.sampling import Sampling, sample_tokens
@@ -28,7 +29,7 @@ SAMPLINGS = {'plain': PLAIN, 'top-k': dataclasses.replace(PLAIN, temperature=1.3
              'top-p': dataclasses.replace(PLAIN, top_p=0.6),
              'greedy': dataclasses.replace(PLAIN, temperature=0.0)}
 
-_generate = jax.jit(generate, static_argnums=(0, 4))
+_generate = jax.jit(generate, static_argnums=(0, 4, 5))
 _sample_tokens = jax.jit(sample_tokens, static_argnums=4)
 
 
@@ -144,6 +145,70 @@ def test_decoding_stops_when_all_have_ended_and_a_larger_limit_changes_nothing(m
   assert (made.tokens_BT[:, P + longest:] == PAD).all()
   np.testing.assert_array_equal(made.tokens_BT[:, :P + R], rollout(PLAIN).tokens_BT)
   np.testing.assert_array_equal(made.mask_BR[:, :R], rollout(PLAIN).mask_BR)
+
+
+# ---- a queue of prompts
+
+MANY = [[int(token) for token in np.random.default_rng(i).integers(2, 19, 1 + i % P)] for i in range(21)]
+
+
+@functools.cache
+def from_queue(slots, model=MODEL):
+  fresh = params() if model is MODEL else jax.jit(initial_params, static_argnums=0)(model, jax.random.key(0))
+  return jax.device_get(jax.jit(generate, static_argnums=(0, 4, 5))(model, fresh, prompts(MANY), KEY, PLAIN, slots))
+
+
+@pytest.mark.parametrize('slots', [1, 4, 16, 21, 50])
+def test_an_answer_does_not_depend_on_how_many_slots_there_are(slots):
+  """From one slot, in which all answers follow each other around the ring, to more slots than prompts."""
+  queued, together = from_queue(slots), from_queue(None)
+  assert len(set(together.mask_BR.sum(1))) > 3 and not together.ended_B.all()   # they start and end at different times
+  for name in ('tokens_BT', 'valid_BT', 'mask_BR', 'ended_B', 'sample_B'):
+    np.testing.assert_array_equal(getattr(queued, name), getattr(together, name), err_msg=name)
+  np.testing.assert_allclose(queued.logprob_BR, together.logprob_BR, atol=2e-5)
+
+
+def test_a_queue_keeps_to_the_window_around_the_ring():
+  model = LanguageModel(dataclasses.replace(MODEL.config, window=3))
+  np.testing.assert_array_equal(from_queue(4, model).tokens_BT, from_queue(None, model).tokens_BT)
+  assert (from_queue(4, model).tokens_BT != from_queue(4).tokens_BT).any()
+
+
+def test_a_queue_takes_fewer_steps_than_waves(monkeypatch):
+  """21 prompts on 4 slots: less than the six waves, each as long as its longest answer, that fixed batches need."""
+  calls = collections.Counter()
+
+  def counted(logits_BV, *args):
+    jax.debug.callback(lambda: calls.update([logits_BV.shape[0]]))
+    return sample_tokens(logits_BV, *args)
+  monkeypatch.setattr(importlib.import_module('rlhf_jax.generate'), 'sample_tokens', counted)
+  made = jax.jit(lambda p: generate(MODEL, p, prompts(MANY), KEY, PLAIN, 4))(params())
+  jax.effects_barrier()
+  length_B = np.asarray(made.mask_BR).sum(1)
+  order = np.argsort([-len(row) for row in MANY], kind='stable')
+  waves = sum(length_B[order[i:i + 4]].max() - 1 for i in range(0, len(MANY), 4))
+  assert calls[1] == 21                                                         # each prompt is prefilled once
+  assert -(-(length_B - 1).sum() // 4) <= calls[4] < 0.85 * waves
+
+
+@pytest.mark.parametrize('slots', [None, 1])
+def test_empty_prompts_are_answered(slots):
+  nothing = Prompts(tokens_BP=jnp.zeros((3, 2), jnp.int32), valid_BP=jnp.zeros((3, 2), bool), sample_B=jnp.arange(3))
+  made = _generate(MODEL, params(), nothing, KEY, PLAIN, slots)
+  assert np.isfinite(made.logprob_BR).all() and (made.mask_BR.sum(1) >= 1).all()
+
+
+def test_no_slots_are_refused():
+  with pytest.raises(ConfigError, match=r'slots is 0\. Pass how many sequences to decode at a time, or None'):
+    generate(MODEL, params(), prompts(), KEY, PLAIN, slots=0)
+
+
+def test_slots_that_the_mesh_does_not_divide_are_refused():
+  runner = runners.sharded(data=2, devices=jax.devices()[:2])
+  for rows, slots in ((PROMPTS, 3), (PROMPTS[:5], None)):
+    says = r'prompts on . slots, but the mesh cuts a batch into 2 parts\. Make both multiples'
+    with pytest.raises(ConfigError, match=says), jax.set_mesh(runner.mesh):
+      generate(MODEL, params(), prompts(rows), KEY, PLAIN, slots)
 
 
 @pytest.mark.parametrize('changes, says', [

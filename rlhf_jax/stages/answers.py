@@ -3,13 +3,14 @@
 import functools
 
 import jax
-import numpy as np
 
 from rlhf_jax.data import batches, encode
 from rlhf_jax.data.text import pad_token, response_text
 from rlhf_jax.errors import DataError
 from rlhf_jax.generate import generate
 from rlhf_jax.maths.sampling import Sampling
+
+_WAVES = 8  # prompts to a slot when there are many to answer: slots idle only while the last answers of a queue end
 
 
 def sampling(run):
@@ -18,20 +19,20 @@ def sampling(run):
                   end_tokens=(run.tokenizer.eos_token_id,), pad_token=pad_token(run.tokenizer))
 
 
-def compile_answer(run):
-  """answer(policy parameters, Prompts, key) -> Rollout, on this run's devices."""
-  return run.runner.compile(functools.partial(generate, run.policy, sampling=sampling(run)),
+def compile_answer(run, slots=None):
+  """answer(policy parameters, Prompts, key) -> Rollout, on this run's devices, writing `slots` answers at a time or all."""
+  if slots is not None and run.runner.axis_name is not None:                    # there each device has a queue of its own
+    slots = -(-slots // run.runner.mesh.size)
+  return run.runner.compile(functools.partial(generate, run.policy, sampling=sampling(run), slots=slots),
                             inputs=('params', 'batch', 'same'), outputs='batch')
 
 
-def rollouts(run, answer, params, rows, key, samples=1):
-  """Rollouts of `samples` answers to each encoded prompt, each with how many of its rows count: the last is filled up."""
-  B, limits = run.experiment.ppo.batch_size, run.experiment.data.limits
-  wanted = [row for row in rows for _ in range(samples)]
-  for start in range(0, len(wanted), B):
-    some = wanted[start:start + B]
-    filled = some + [some[-1]] * (B - len(some))
-    prompts = batches.collate_prompts(filled, limits.prompt_tokens, first_sample=start)
+def rollouts(run, answer, params, rows, key, batch_size):
+  """Rollouts of an answer to each encoded prompt, each with how many of its rows count: the last is filled up."""
+  for start in range(0, len(rows), batch_size):
+    some = rows[start:start + batch_size]
+    filled = some + [some[-1]] * (batch_size - len(some))
+    prompts = batches.collate_prompts(filled, run.experiment.data.limits.prompt_tokens, first_sample=start)
     yield answer(params, prompts, key), len(some)
 
 
@@ -42,13 +43,18 @@ def texts(run, rollout):
   return [response_text(run.tokenizer, tokens[P:][mask]) for tokens, mask in zip(fetched.tokens_BT, fetched.mask_BR)]
 
 
-def answer_texts(run, answer, params, examples, seed, samples=1):
-  """`samples` texts for the prompt of every example, as a list of lists."""
-  rows, skipped = encode.prompts(examples, run.tokenizer, run.experiment.data.limits)
-  if skipped:
-    raise DataError(f'{skipped} of {len(examples)} prompts have more than {run.experiment.data.limits.prompt_tokens} '
-                    'tokens. Raise --data.limits.prompt-tokens, or pass --data.limits.too-long truncate.')
-  said = []
-  for rollout, count in rollouts(run, answer, params, rows, jax.random.key(seed), samples):
-    said += texts(run, rollout)[:count]
-  return [list(said[i:i + samples]) for i in np.arange(0, len(said), samples)]
+def compile_ask(run):
+  """ask(policy parameters, examples, seed, samples): `samples` texts for the prompt of every example, a list of lists."""
+  slots = run.experiment.ppo.batch_size
+  answer = compile_answer(run, slots)
+
+  def ask(params, examples, seed, samples=1):
+    rows, skipped = encode.prompts(examples, run.tokenizer, run.experiment.data.limits)
+    if skipped:
+      raise DataError(f'{skipped} of {len(examples)} prompts have more than {run.experiment.data.limits.prompt_tokens} '
+                      'tokens. Raise --data.limits.prompt-tokens, or pass --data.limits.too-long truncate.')
+    rows, said = [row for row in rows for _ in range(samples)], []
+    for rollout, count in rollouts(run, answer, params, rows, jax.random.key(seed), _WAVES * slots):
+      said += texts(run, rollout)[:count]
+    return [said[i:i + samples] for i in range(0, len(said), samples)]
+  return ask

@@ -52,7 +52,7 @@ def compile_programs(run, optimizer):
                          axis_name=runner.axis_name, microbatches=config.microbatches)
   update = make_update(step, epochs=config.epochs, minibatches=config.minibatches, axis_name=runner.axis_name)
   return Programs(
-    compile_answer(run),
+    compile_answer(run, config.slots),
     runner.compile(look_back, inputs=('params', 'params', 'batch', 'same', 'batch'), outputs=('batch', 'same')),
     runner.compile(update, inputs=('params', 'batch', 'same'), outputs=('params', 'same'), donate=(0,)))
 
@@ -243,7 +243,7 @@ def compare(run):
   for name, params in (('SFT', trained | {'policy': frozen['reference']}), ('PPO', trained)):
     responses, sums = [], None
     key = jax.random.key(run.experiment.seed + 2)
-    for rollout, _ in rollouts(run, programs.answer, params['policy'], rows, key):
+    for rollout, _ in rollouts(run, programs.answer, params['policy'], rows, key, B):
       responses += texts(run, rollout)
       extra_score_B, _ = _extra_scores(run, rollout)
       _, metrics = programs.look_back(params, frozen, rollout, jnp.float32(0), {'score_B': extra_score_B})

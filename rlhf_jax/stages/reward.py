@@ -15,7 +15,7 @@ from rlhf_jax.errors import DataError
 from rlhf_jax.losses.preference import beats, candidate_scores, ranking
 from rlhf_jax.model.heads import initial_params
 from rlhf_jax.stages import sft
-from rlhf_jax.stages.answers import answer_texts, compile_answer
+from rlhf_jax.stages.answers import compile_ask
 from rlhf_jax.stages.descent import descend, save_final
 
 NAME = 'reward'
@@ -102,9 +102,8 @@ def _comparisons(run):
   """The task's comparisons. What it made by asking the SFT policy is written down, so that a resumed run reads the same."""
   path = run.stage(NAME) / 'comparisons.jsonl'
   if not path.exists():
-    answer = functools.lru_cache(lambda: (compile_answer(run), sft.restore(run)))
-    ask = lambda examples, samples: answer_texts(run, *answer(), examples, run.experiment.seed + 1, samples)
-    _write(path, run.task.comparisons(ask))
+    ready = functools.lru_cache(lambda: functools.partial(compile_ask(run), sft.restore(run)))
+    _write(path, run.task.comparisons(lambda examples, samples: ready()(examples, run.experiment.seed + 1, samples)))
   return _read(path)
 
 

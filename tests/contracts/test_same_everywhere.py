@@ -97,10 +97,12 @@ def test_a_mean_of_means_would_differ():
 
 
 @pytest.mark.parametrize('where', RUNNERS)
-def test_generate(where):
+@pytest.mark.parametrize('slots', [None, 8])
+def test_generate(where, slots):
+  """Also from a queue: under pmap every device has its 2 prompts and slots for both, elsewhere 16 prompts share 8 slots."""
   runner, sampling = RUNNERS[where](), Sampling(temperature=0.7, new_tokens=6, end_tokens=(3, 5, 8, 60))
-  run = runner.compile(functools.partial(generate, POLICY, sampling=sampling), inputs=('params', 'batch', 'same'),
-                       outputs='batch')
+  run = runner.compile(functools.partial(generate, POLICY, sampling=sampling, slots=slots),
+                       inputs=('params', 'batch', 'same'), outputs='batch')
   params = runner.initialise(functools.partial(initial_params, POLICY), jax.random.key(3))
   rollout = runner.fetch(run(params, prompts(), jax.random.key(1)))
   alone = jax.device_get(generate(POLICY, initial_params(POLICY, jax.random.key(3)), prompts(), jax.random.key(1), sampling))
