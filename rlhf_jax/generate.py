@@ -39,8 +39,8 @@ def generate(model, params, prompts, key, sampling, slots=None):
   check_length(model.config, sizes['P'] + sampling.new_tokens)
   _check_ids(model.config, sampling)
   params, parts = prepare_to_decode(model, params), batch_parts()
-  queue = _Queue(functools.partial(model.apply, {'params': params}), unembed_DV(params), prompts, key, sampling,
-                 model.config, parts, _check_slots(sizes['B'], slots, parts))
+  queue = _Queue(functools.partial(model.apply, {'params': params}), unembed_DV(params), jax.tree.map(jnp.asarray, prompts),
+                 key, sampling, model.config, parts, _check_slots(sizes['B'], slots, parts))
   answers = queue.drain()
   mask_BR = jnp.arange(sampling.new_tokens) < answers.length_B[:, None]
   return Rollout(tokens_BT=jnp.concatenate([prompts.tokens_BP, answers.tokens_BR], 1),
