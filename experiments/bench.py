@@ -32,6 +32,7 @@ import statistics
 import sys
 import time
 import types
+import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -62,6 +63,7 @@ from rlhf_jax.stages.task import Run
 from rlhf_jax.startup import prepare_process
 from rlhf_jax.step import init_state, make_train_step
 
+Name = Literal['sft', 'reward', 'generate', 'ppo', 'queue', 'waves']
 _PRODUCTS = 8  # in the chain that measures the ceiling: enough that starting it does not count
 
 
@@ -77,6 +79,10 @@ class BatchConfig:
   new_tokens: int = 64  # of every response
   epochs: int = 4  # of a PPO iteration
   minibatches: int = 1  # updates of an epoch
+  queue_prompts: int = 512  # answered one after another on the slots of the queue
+  slots: int = 64  # answers written at a time: of the queue, and of the waves beside it
+  queue_new_tokens: int = 128  # most of a response in queue and waves, which end after queue_mean_tokens in the mean
+  queue_mean_tokens: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Bench:
   mesh: MeshConfig = MeshConfig()
   batch: BatchConfig = BatchConfig()
   repeats: int = 5  # rounds that count, after one that warms up
-  only: tuple[Literal['sft', 'reward', 'generate', 'ppo'], ...] = ('sft', 'reward', 'generate', 'ppo')  # workloads
+  only: tuple[Name, ...] = typing.get_args(Name)  # workloads
   json: str = ''  # file that gets the same numbers as the table
 
 
@@ -181,7 +187,17 @@ def ppo_iteration(setting):
                   {'generate': answer, 'score': score, 'update': update}, turn, state)
 
 
-WORKLOADS = {'sft': sft, 'reward': reward, 'generate': generation, 'ppo': ppo_iteration}
+def queue(setting):
+  """Answers of uneven length, in one call that gives a free slot the next prompt. Unit: new tokens."""
+  return _uneven(setting, 'queue', setting.batch.queue_prompts)
+
+
+def waves(setting):
+  """The same answers in batches as large as there are slots, each as long as its longest answer. Unit: new tokens."""
+  return _uneven(setting, 'waves', setting.batch.slots)
+
+
+WORKLOADS = {'sft': sft, 'reward': reward, 'generate': generation, 'ppo': ppo_iteration, 'queue': queue, 'waves': waves}
 
 
 def compiled(fn, *args):
@@ -204,6 +220,28 @@ def _updates(setting, model, loss_fn, batch, optimizer_config, *, title, unit, u
   batch = runner.place(batch, 'batch')
   turn = lambda call, state: call('update', state, batch, key)[0]
   return Workload(title, unit, units, {'update': compiled(step, state, batch, key)}, turn, state)
+
+
+def _uneven(setting, name, at_once):
+  """The workload of answering all queue_prompts, `at_once` in a call. The weights are fresh, so that about one token in
+  queue_mean_tokens is one of as large a share of the vocabulary: lengths are nearly geometric."""
+  sizes, config, runner = setting.batch, setting.policy.config, setting.runner
+  N, P, R, Q = sizes.queue_prompts, sizes.prompt_tokens, sizes.queue_new_tokens, sizes.slots
+  ends = tuple(range(0, config.vocab_size, sizes.queue_mean_tokens))
+  slots = -(-Q // runner.mesh.size) if runner.axis_name else Q
+  answer = runner.compile(functools.partial(generate, setting.policy, slots=slots,
+                                            sampling=Sampling(new_tokens=R, end_tokens=ends)),
+                          inputs=('params', 'batch', 'same'), outputs='batch')
+  params, key, whole = _params(setting, setting.policy), jax.random.key(1), _prompts(setting, N)
+  pieces = [runner.place(jax.tree.map(lambda x, i=i: x[i:i + at_once], whole), 'batch') for i in range(0, N, at_once)]
+  program = compiled(answer, params, pieces[0], key)
+  tokens = sum(int(program.call(params, piece, key).mask_BR.sum()) for piece in pieces)
+
+  def turn(call, state):
+    for piece in pieces:
+      call(name, params, piece, key)
+    return state
+  return Workload(f'{name} {N} x ({P} + up to {R}) on {Q}', 'tokens', tokens, {name: program}, turn)
 
 
 def _ppo_programs(setting, config, optimizer):
@@ -333,17 +371,22 @@ def check(bench, setting):
       raise ConfigError(f'{_flag(name)} is {count}. It must be at least 1.')
   sizes, parts = bench.batch, _batch_parts(setting.runner)
   for name, field, divisor in (('sft', 'sft_rows', parts), ('reward', 'reward_pairs', parts),
-                               ('generate', 'generate_prompts', parts), ('ppo', 'ppo_prompts', parts * sizes.minibatches)):
+                               ('generate', 'generate_prompts', parts), ('ppo', 'ppo_prompts', parts * sizes.minibatches),
+                               ('queue', 'queue_prompts', parts), ('queue', 'slots', parts), ('waves', 'slots', parts),
+                               ('waves', 'queue_prompts', sizes.slots)):
     if name in bench.only and getattr(sizes, field) % divisor:
-      more = '' if name != 'ppo' else f', each cut into {sizes.minibatches} minibatches'
-      raise ConfigError(f'{_flag(f"batch.{field}")} is {getattr(sizes, field)}, which does not divide over {parts} parts of '
-                        f'the mesh{more}. Pass a multiple of {divisor}.')
+      over = {'ppo': f'{parts} parts of the mesh, each cut into {sizes.minibatches} minibatches',
+              'waves': f'waves of {divisor}' if field == 'queue_prompts' else None}.get(name) or f'{parts} parts of the mesh'
+      raise ConfigError(f'{_flag(f"batch.{field}")} is {getattr(sizes, field)}, which does not divide over {over}. Pass a '
+                        f'multiple of {divisor}.')
   if 'sft' in bench.only and sizes.tokens < 2:
     raise ConfigError('--batch.tokens is 1: a single token has none before it to be predicted from. Pass 2 or more.')
   if {'sft', 'reward'} & set(bench.only):
     check_length(setting.policy.config, sizes.tokens)
   if {'generate', 'ppo'} & set(bench.only):
     check_length(setting.policy.config, sizes.prompt_tokens + sizes.new_tokens)
+  if {'queue', 'waves'} & set(bench.only):
+    check_length(setting.policy.config, sizes.prompt_tokens + sizes.queue_new_tokens)
   setting.runner.abstract(functools.partial(initial_params, setting.policy), jax.random.key(0))
   if bench.json:
     _write(bench.json, '', 'a')                                                  # minutes of measuring are not to be lost

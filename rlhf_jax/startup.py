@@ -14,6 +14,7 @@ _MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = -4, -1, -8                            #
 
 def prepare_process():
   """Call it before anything is computed: it changes nothing that has started."""
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')               # that PyTorch is absent; it is not needed
   _keep_compiled_programs()
   _keep_freed_memory()
 

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 
@@ -17,11 +18,13 @@ from rlhf_jax.model.heads import LanguageModel, initial_params
 from rlhf_jax.records import Demonstrations
 
 SIZES = bench.BatchConfig(sft_rows=8, reward_pairs=8, tokens=12, generate_prompts=4, ppo_prompts=8, prompt_tokens=5,
-                          new_tokens=6, epochs=2, minibatches=2)
+                          new_tokens=6, epochs=2, minibatches=2, queue_prompts=24, slots=8, queue_new_tokens=9,
+                          queue_mean_tokens=4)
 FLAGS = ('--preset', 'nano', *(word for name, size in vars(SIZES).items()
                                for word in (f'--batch.{name.replace("_", "-")}', str(size))))
 UNITS = {'sft': ('tokens', 8 * 12), 'reward': ('pairs', 8), 'generate': ('tokens', 4 * 6), 'ppo': ('prompts', 8)}
-PARTS = {'sft': ['update'], 'reward': ['update'], 'generate': ['generate'], 'ppo': ['generate', 'score', 'update']}
+PARTS = {'sft': ['update'], 'reward': ['update'], 'generate': ['generate'], 'ppo': ['generate', 'score', 'update'],
+         'queue': ['queue'], 'waves': ['waves']}
 
 
 def a_turn(name):
@@ -54,6 +57,13 @@ def test_a_reward_turn_learns_from_every_pair():
   done, state, workload = a_turn('reward')
   _, metrics = done['update']
   assert metrics['accuracy'].weight == 8 and metrics['score'].weight == 16 and state.step == 1 and workload.units == 8
+
+
+def test_queue_and_waves_say_the_same_in_answers_of_uneven_length():
+  (queued, _, workload), (waved, _, _) = a_turn('queue'), a_turn('waves')
+  length_B = queued['queue'].mask_BR.sum(1)
+  assert workload.units == length_B.sum() and len(set(length_B.tolist())) > 4
+  np.testing.assert_array_equal(queued['queue'].tokens_BT[-8:], waved['waves'].tokens_BT)       # the last of three waves
 
 
 def test_no_answer_stops_early():
@@ -112,7 +122,7 @@ def test_flops_agree_with_the_compiler():
 # ---- whole runs
 
 @pytest.mark.parametrize('runner, only', [
-  ('single', ('sft', 'generate')), ('sharded', ('sft', 'ppo')), ('pmap', ('reward',))])
+  ('single', ('sft', 'generate', 'queue', 'waves')), ('sharded', ('sft', 'ppo')), ('pmap', ('reward',))])
 def test_a_run_from_the_command_line(runner, only, tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(PRESETS, 'nano', preset('nano', layers=1))                 # half the time to compile
   mesh = {'single': {'data': 1}, 'sharded': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'pmap': {'data': 8}}[runner]
@@ -137,8 +147,10 @@ def check_context(results, runner, mesh):
 
 
 def check_numbers(results, only):
-  assert {name: (found['unit'], found['units']) for name, found in results['workloads'].items()} == {
-    name: UNITS[name] for name in only}
+  said = {name: (found['unit'], found['units']) for name, found in results['workloads'].items()}
+  assert {name: units for name, units in said.items() if name in UNITS} == {
+    name: UNITS[name] for name in only if name in UNITS}
+  assert said.get('queue') == said.get('waves') and list(said) == list(only)     # the same answers both ways
   for name, found in results['workloads'].items():
     seconds, rate = found['seconds'], found['units_per_second']
     assert 0 < seconds['min'] <= seconds['median'] <= seconds['max']
@@ -155,7 +167,7 @@ def check_numbers(results, only):
 
 def check_table(results, only, said):
   titles = {'sft': 'SFT 8 x 12', 'reward': 'reward 8 pairs x 12', 'generate': 'generate 4 x (5 + 6)',
-            'ppo': 'PPO 8 x (5 + 6)'}
+            'ppo': 'PPO 8 x (5 + 6)', 'queue': 'queue 24 x (5 + up to 9) on 8', 'waves': 'waves 24 x (5 + up to 9) on 8'}
   assert 'nano' in said and 'peak memory: process' in said and ('  score' in said) == ('ppo' in only)
   for name, found in results['workloads'].items():
     median = found['units_per_second']['median']
@@ -176,6 +188,8 @@ def check_table(results, only, said):
   (('--mesh.runner', 'sharded', '--mesh.tensor', '4', '--only', 'sft'), 'ShardingError: '),      # nano has 2 kv heads
   (('--batch.new-tokens', '0'), '--batch.new-tokens is 0. It must be at least 1.'),
   (('--repeats', '0'), '--repeats is 0. It must be at least 1.'),
+  (('--only', 'waves', '--batch.slots', '7'), '--batch.queue-prompts is 24, which does not divide over waves of 7'),
+  (('--only', 'queue', '--batch.queue-new-tokens', '510'), 'sequences of 515 tokens'),
   (('--only',), '--only names no workload'),
   (('--only', 'sft', '--batch.tokens', '1'), '--batch.tokens is 1: a single token'),
   (('--only', 'sft', '--batch.tokens', '513'), 'sequences of 513 tokens, but the model has context_length=512'),
