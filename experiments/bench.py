@@ -1,10 +1,11 @@
-"""How fast this machine runs each stage of a model: SFT, reward model, generation, PPO; as a table and as JSON.
+"""How fast this machine runs each stage of a model: SFT, reward model, generation, PPO, a queue; as a table and as JSON.
 
     python -m experiments.bench
     python -m experiments.bench --preset medium --dtype bfloat16 --mesh.runner sharded --mesh.fsdp 8 --json bench.json
     python -m experiments.bench --only sft ppo --batch.sft-rows 64 --batch.tokens 128
 
-Tokens are random, every sequence is full and no response stops early, so every round does the same work. The programs
+Tokens are random and every sequence is full. No response stops early, except in `queue` and `waves`, whose lengths follow
+from a fixed key: every round does the same work. The programs
 are those that the stages run, under the same runners, with their donated states chained from round to round. Times are
 medians (and least to most) over --repeats rounds after one that warms up, with the devices drained after every program;
 generation includes the prefill. Compile seconds are tracing, lowering and compiling, from no persistent cache.
@@ -369,7 +370,7 @@ def check(bench, setting):
   for name, count in ({'repeats': bench.repeats} | counts).items():
     if count < 1:
       raise ConfigError(f'{_flag(name)} is {count}. It must be at least 1.')
-  sizes, parts = bench.batch, _batch_parts(setting.runner)
+  sizes, parts = bench.batch, setting.runner.batch_parts
   for name, field, divisor in (('sft', 'sft_rows', parts), ('reward', 'reward_pairs', parts),
                                ('generate', 'generate_prompts', parts), ('ppo', 'ppo_prompts', parts * sizes.minibatches),
                                ('queue', 'queue_prompts', parts), ('queue', 'slots', parts), ('waves', 'slots', parts),
@@ -394,11 +395,6 @@ def check(bench, setting):
 
 def _flag(name):
   return f'--{name.replace("_", "-")}'
-
-
-def _batch_parts(runner):
-  axes = runner.rules['B']
-  return math.prod(runner.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def describe(bench, setting):

@@ -5,14 +5,14 @@ an einsum, the key of the partition rules and the key in a checkpoint.
 
     B sequences · T tokens of a whole sequence · P prompt tokens · R response tokens · S keys attended to
     V vocabulary · D model width · N query heads · K key/value heads · G = N/K · H head width · F feed-forward width
-    L layers · C candidates (ranked responses of one prompt)
+    L layers · C candidates (ranked responses of one prompt) · Q slots of a queue, sequences that are decoded at a time
 """
 
 import re
 
 from rlhf_jax.errors import AxesError
 
-ALPHABET = 'BTPRSVDNKGHFLC'
+ALPHABET = 'BTPRSVDNKGHFLCQ'
 _SUFFIX = re.compile(rf'_([{ALPHABET}]+)$')
 
 

@@ -126,8 +126,18 @@ def prepare(experiment, make_task, directory):
   check_vocabulary(tokenizer, policy=model_config, reward=reward_config)
   for size in (model_config, reward_config):
     check_length(size, experiment.data.limits.tokens)
-  return Run(experiment, task, tokenizer, make_runner(experiment.mesh), directory, LanguageModel(model_config),
-             ScalarModel(reward_config), pretrained)
+  runner = make_runner(experiment.mesh)
+  _check_answers(experiment.ppo, runner.batch_parts)
+  return Run(experiment, task, tokenizer, runner, directory, LanguageModel(model_config), ScalarModel(reward_config),
+             pretrained)
+
+
+def _check_answers(config, parts):
+  """ConfigError, before the first stage, where the devices do not divide what PPO wants answered."""
+  for flag, count in (('--ppo.batch-size', config.batch_size), ('--ppo.slots', config.slots)):
+    if count is not None and count % parts:
+      raise ConfigError(f'{flag} is {count}, which does not divide over the {parts} parts into which the devices cut a '
+                        f'batch. Pass a multiple of {parts}.')
 
 
 def make_runner(mesh):

@@ -145,12 +145,13 @@ class _Queue:
     """Whether some answer goes on, and not so many slots are free that it is time to fill them."""
     waits = state.taken < self._prompts_a_part
     free = (~state.alive_Q).reshape(self.parts, -1).sum(1)
-    due = waits.any() & (jnp.where(waits, free, 0).sum() >= self._refill * waits.sum())
+    need = jnp.minimum(self._refill, self._prompts_a_part - state.taken)
+    due = waits.any() & (jnp.where(waits, free, 0).sum() >= need.sum())
     return state.alive_Q.any() & ~due
 
   def _fill(self, state):
     """Free slots get the next prompts, and the first token of each answer is drawn."""
-    row, prompt, taken = self._each_part(self._choose, state.alive_Q, state.taken, self.prompts.valid_BP)
+    row, prompt, taken = self._each_part(self._choose, state.alive_Q, state.taken)
     ask = lambda x: self._each_part(lambda x, prompt: x.at[prompt].get(mode='clip'), x, prompt)
     tokens, sample = ask(self.prompts.tokens_BP), ask(self.prompts.sample_B)
     used, P = prompt < self._prompts_a_part, tokens.shape[1]
@@ -166,17 +167,16 @@ class _Queue:
       new = {name: jax.tree.map(put, getattr(state, name), value) for name, value in new.items()}
     return state.replace(taken=taken, answers=answers, **new)
 
-  def _choose(self, alive, taken, valid):
-    """Of one part: the slots to fill, the prompts for them (longest first), and how many prompts have now left the queue.
+  def _choose(self, alive, taken):
+    """Of one part: the slots to fill, the prompts for them, and how many prompts have now left the queue.
 
     Where there are fewer free slots or prompts than a refill has places, slot and prompt are numbers too high to be real.
     """
     row = jnp.argsort(alive, stable=True)[:self._refill]                        # free ones first
-    place = taken + jnp.arange(len(row))
-    used = ~alive[row] & (place < len(valid))
-    order = jnp.arange(len(valid)) if self._all_at_once else jnp.argsort(-valid.sum(1), stable=True)
-    prompt = jnp.where(used, order.at[place].get(mode='clip'), len(valid))
-    return jnp.where(used, row, len(alive)), prompt, taken + used.sum(dtype=jnp.int32)
+    prompt = taken + jnp.arange(len(row))
+    used = ~alive[row] & (prompt < self._prompts_a_part)
+    return (jnp.where(used, row, len(alive)), jnp.where(used, prompt, self._prompts_a_part),
+            taken + used.sum(dtype=jnp.int32))
 
   def _around(self, x, axis, clock):
     """Prompts laid into the ring so that their last token stands before the next place to be written."""

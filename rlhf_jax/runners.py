@@ -9,6 +9,7 @@ arrays have their full, logical shape, whatever the runner.
 import contextlib
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -31,6 +32,12 @@ class Runner:
   axis_name: str | None = None
   constrains: bool = False  # whether activations are pinned to the mesh inside the functions
   _known: dict = dataclasses.field(default_factory=dict, repr=False)  # shardings already worked out, by structure
+
+  @property
+  def batch_parts(self):
+    """Into how many parts a batch is cut."""
+    axes = self.rules['B']
+    return math.prod(self.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
   def shardings(self, tree, kind: Kind):
     """NamedSharding of every leaf of a tree of arrays or shapes; raises ShardingError where the mesh does not divide."""

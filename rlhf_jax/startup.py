@@ -32,12 +32,12 @@ def _keep_freed_memory():
   back to the kernel, so that every step pays for the same page faults again: a quarter of the quickstart's CPU time.
 
   With one arena that is never trimmed they stay. Not where there is an accelerator: its host has large weights to let
-  go of, and many threads. GLIBC_TUNABLES or MALLOC_ARENA_MAX in the environment takes precedence.
+  go of, and many threads. GLIBC_TUNABLES or any MALLOC_ variable in the environment takes precedence.
   """
-  chosen = 'GLIBC_TUNABLES' in os.environ or 'MALLOC_ARENA_MAX' in os.environ
+  chosen = any(name == 'GLIBC_TUNABLES' or name.startswith('MALLOC_') for name in os.environ)
   if chosen or not sys.platform.startswith('linux') or any(map(glob.glob, _ACCELERATORS)):
     return
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', lambda option, value: 0)     # other C libraries have none
   mallopt(_MMAP_MAX, 0)
-  mallopt(_TRIM_THRESHOLD, 2 ** 31 - 1)
+  mallopt(_TRIM_THRESHOLD, -1)                                                 # never
   mallopt(_ARENA_MAX, 1)

@@ -215,6 +215,7 @@ def test_sequences_longer_than_the_context(tmp_path):
 @pytest.mark.parametrize('flags, match', [
   (('--stages', 'ppo'), 'CheckpointError: the stage sft is not finished'),
   (('--preset', 'nanoo'), "ConfigError: there is no model preset 'nanoo'. Choose one of: nano"),
+  (('--mesh.runner', 'pmap', '--ppo.slots', '12'), 'ConfigError: --ppo.slots is 12, which does not divide over the 8 parts'),
 ])
 def test_a_mistake_is_one_line_and_status_2(tmp_path, capsys, flags, match):
   with pytest.raises(SystemExit) as exit_:

@@ -22,7 +22,7 @@ def sampling(run):
 def compile_answer(run, slots=None):
   """answer(policy parameters, Prompts, key) -> Rollout, on this run's devices, writing `slots` answers at a time or all."""
   if slots is not None and run.runner.axis_name is not None:                    # there each device has a queue of its own
-    slots = -(-slots // run.runner.mesh.size)
+    slots //= run.runner.mesh.size
   return run.runner.compile(functools.partial(generate, run.policy, sampling=sampling(run), slots=slots),
                             inputs=('params', 'batch', 'same'), outputs='batch')
 
@@ -45,7 +45,7 @@ def texts(run, rollout):
 
 def compile_ask(run):
   """ask(policy parameters, examples, seed, samples): `samples` texts for the prompt of every example, a list of lists."""
-  slots = run.experiment.ppo.batch_size
+  slots = run.experiment.ppo.slots or run.experiment.ppo.batch_size
   answer = compile_answer(run, slots)
 
   def ask(params, examples, seed, samples=1):
@@ -54,7 +54,8 @@ def compile_ask(run):
       raise DataError(f'{skipped} of {len(examples)} prompts have more than {run.experiment.data.limits.prompt_tokens} '
                       'tokens. Raise --data.limits.prompt-tokens, or pass --data.limits.too-long truncate.')
     rows, said = [row for row in rows for _ in range(samples)], []
-    for rollout, count in rollouts(run, answer, params, rows, jax.random.key(seed), _WAVES * slots):
+    at_once = slots * min(_WAVES, -(-len(rows) // slots))
+    for rollout, count in rollouts(run, answer, params, rows, jax.random.key(seed), at_once):
       said += texts(run, rollout)[:count]
     return [said[i:i + samples] for i in range(0, len(said), samples)]
   return ask

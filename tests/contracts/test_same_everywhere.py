@@ -99,9 +99,10 @@ def test_a_mean_of_means_would_differ():
 @pytest.mark.parametrize('where', RUNNERS)
 @pytest.mark.parametrize('slots', [None, 8])
 def test_generate(where, slots):
-  """Also from a queue: under pmap every device has its 2 prompts and slots for both, elsewhere 16 prompts share 8 slots."""
+  """Also from a queue, where 16 prompts share 8 slots: under pmap each device has 2 prompts and 1 slot."""
   runner, sampling = RUNNERS[where](), Sampling(temperature=0.7, new_tokens=6, end_tokens=(3, 5, 8, 60))
-  run = runner.compile(functools.partial(generate, POLICY, sampling=sampling, slots=slots),
+  run = runner.compile(functools.partial(generate, POLICY, sampling=sampling,
+                                         slots=1 if slots and where == 'pmap' else slots),
                        inputs=('params', 'batch', 'same'), outputs='batch')
   params = runner.initialise(functools.partial(initial_params, POLICY), jax.random.key(3))
   rollout = runner.fetch(run(params, prompts(), jax.random.key(1)))

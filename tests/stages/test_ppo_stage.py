@@ -75,6 +75,13 @@ def test_the_table_compares_the_two_on_prompts_that_are_held_out(plain):
   assert table['PPO']['words'] == pytest.approx(np.mean(words)) and len(words) == plain.experiment.ppo.batch_size
 
 
+def test_answers_from_a_queue_are_the_same(finished, plain, tmp_path):
+  queued = trained(finished, tmp_path, settings=QUICK | {'ppo__slots': 3, 'ppo__iterations': 1})
+  first, together = timeless(queued.stage('ppo'))[0], timeless(plain.stage('ppo'))[0]
+  assert first['response_length'] == together['response_length']
+  assert first['score'] == pytest.approx(together['score'], abs=1e-5)
+
+
 # ---- what is scored
 
 def test_python_rewards_are_added_to_the_reward_model_by_weight(finished, plain, tmp_path):
