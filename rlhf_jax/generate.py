@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.axes import check_axes
-from rlhf_jax.errors import ConfigError
+from rlhf_jax.errors import ConfigError, ShardingError
 from rlhf_jax.maths.sampling import Sampling, sample_tokens
 from rlhf_jax.model.cache import empty_cache
 from rlhf_jax.model.config import ModelConfig
@@ -62,8 +62,8 @@ def _check_slots(B, slots, parts):
     raise ConfigError(f'slots is {slots}. Pass how many sequences to decode at a time, or None for all at once.')
   slots = B if slots is None else min(slots, B)
   if B % parts or slots % parts:
-    raise ConfigError(f'{B} prompts on {slots} slots, but the mesh cuts a batch into {parts} parts. Make both multiples of '
-                      f'{parts}.')
+    raise ShardingError(f'{B} prompts on {slots} slots, which the {parts} parts into which the mesh cuts a batch do not '
+                        f'divide. Make both multiples of {parts}.')
   return slots
 
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from rlhf_jax import runners
-from rlhf_jax.errors import ConfigError
+from rlhf_jax.errors import ConfigError, ShardingError
 from rlhf_jax.generate import generate
 from rlhf_jax.maths.sampling import Sampling, sample_tokens
 from rlhf_jax.model import forward
@@ -214,8 +214,8 @@ def test_no_slots_are_refused():
 def test_slots_that_the_mesh_does_not_divide_are_refused():
   runner = runners.sharded(data=2, devices=jax.devices()[:2])
   for rows, slots in ((PROMPTS, 3), (PROMPTS[:5], None)):
-    says = r'prompts on . slots, but the mesh cuts a batch into 2 parts\. Make both multiples'
-    with pytest.raises(ConfigError, match=says), jax.set_mesh(runner.mesh):
+    says = r'prompts on . slots, which the 2 parts into which the mesh cuts a batch do not divide\. Make both multiples'
+    with pytest.raises(ShardingError, match=says), jax.set_mesh(runner.mesh):
       generate(MODEL, params(), prompts(rows), KEY, PLAIN, slots)
 
 

@@ -204,7 +204,7 @@ class TestCompile:
     step = make_train_step(cross_entropy(POLICY), OPTIMIZER, microbatches=4)
     with jax.set_mesh(runner.mesh), pytest.raises(ShardingError, match=r'^4 sequences at a time, which the 8 devices'):
       jax.eval_shape(step, state, batch_of('sft'), jax.random.key(0))
-    with jax.set_mesh(runner.mesh), pytest.raises(ShardingError, match=r'^4 sequences at a time'):
+    with jax.set_mesh(runner.mesh), pytest.raises(ShardingError, match=r'^4 prompts on 4 slots'):
       jax.eval_shape(functools.partial(generate, POLICY, sampling=Sampling(new_tokens=2)), state.params, prompts(rows=4),
                      jax.random.key(0))
 

@@ -191,7 +191,7 @@ def test_answers_of_which_none_ends_are_warned_of(finished, tmp_path):
 def test_prompts_over_the_limit_are_skipped_and_counted_or_cut(finished, tmp_path, capsys):
   def task(run):
     train, held_out = run.task.prompts
-    return dataclasses.replace(run, task=dataclasses.replace(run.task, prompts=([*train, prompt('this ' * 20)], held_out)))
+    return dataclasses.replace(run, task=dataclasses.replace(run.task, prompts=([prompt('this ' * 20), *train], held_out)))
   run = prepare(copy(finished, tmp_path / 'skip', 'tokenizer', 'sft', 'reward'), settings=QUICK)
   ppo.train(task(run))
   assert 'ppo: 1 of 17 examples are longer than --data.limits allow' in capsys.readouterr().out
