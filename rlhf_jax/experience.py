@@ -70,7 +70,7 @@ def experience(models, params, frozen, rollout, config, *, temperature, kl_weigh
     raise ConfigError(f'experience at temperature={temperature}. It must be positive: greedy answers have no probability.')
   tokens_BT, valid_BT, mask_BR = rollout.tokens_BT, rollout.valid_BT, rollout.mask_BR
   start = tokens_BT.shape[1] - mask_BR.shape[1]
-  logprob_BR, entropy_BR, value_BT = forward.policy_and_value(
+  logprob_BR, entropy_BR, value_BR, after_B = forward.policy_and_value(
     models.policy, models.value, params, tokens_BT, valid_BT, start=start, temperature=temperature)
   reference_BR, _ = forward.next_logprobs(models.policy, frozen['reference'], tokens_BT, valid_BT,
                                           start=start, temperature=temperature)
@@ -84,8 +84,8 @@ def experience(models, params, frozen, rollout, config, *, temperature, kl_weigh
   reward_BR, value_mask_BR = shaped_rewards(learned_B, penalty_BR, mask_BR, kl_weight, config.score_slot)
   if config.whiten_rewards:
     reward_BR = whiten(reward_BR, value_mask_BR, bessel=config.bessel, keep_mean=True, axis_name=axis_name)
-  value_BR = jnp.where(value_mask_BR, value_BT[:, start - 1:-1], 0.0)
-  after_B = jnp.where(rollout.ended_B, 0.0, value_BT[:, -1]) if config.truncation == 'bootstrap' else None
+  value_BR = jnp.where(value_mask_BR, value_BR, 0.0)
+  after_B = jnp.where(rollout.ended_B, 0.0, after_B) if config.truncation == 'bootstrap' else None
   advantage_BR, return_BR = advantages.gae(reward_BR, value_BR, value_mask_BR, discount=config.discount,
                                            trace=config.trace, bootstrap_B=after_B)
   if config.whiten_advantages:

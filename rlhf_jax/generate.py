@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from rlhf_jax.axes import check_axes
 from rlhf_jax.errors import ConfigError, ShardingError
 from rlhf_jax.maths.sampling import Sampling, sample_tokens
+from rlhf_jax.model.attention import Seen
 from rlhf_jax.model.cache import empty_cache
 from rlhf_jax.model.config import ModelConfig
-from rlhf_jax.model.forward import attends, check_length, positions
+from rlhf_jax.model.forward import causal, check_length, positions
 from rlhf_jax.model.heads import prepare_to_decode, unembed_DV
 from rlhf_jax.model.partition import batch_parts, constrain
 from rlhf_jax.records import Prompts, Rollout
@@ -156,9 +157,9 @@ class _Queue:
     tokens, sample = ask(self.prompts.tokens_BP), ask(self.prompts.sample_B)
     used, P = prompt < self._prompts_a_part, tokens.shape[1]
     valid = ask(self.prompts.valid_BP) & used[:, None]
-    hidden, cache = self.run(tokens, positions(valid), attends(valid, window=self.config.window),
-                             empty_cache(self.config, len(row), P), 0)
-    token, answers, alive = self._draw(hidden[:, -1], state.answers, prompt, sample, jnp.zeros_like(row), used)
+    hidden, cache = self.run(tokens, positions(valid), causal(self.config, valid), empty_cache(self.config, len(row), P), 0,
+                             wanted=P - 1)
+    token, answers, alive = self._draw(hidden[:, 0], state.answers, prompt, sample, jnp.zeros_like(row), used)
     new = {'prompt_Q': prompt, 'sample_Q': sample, 'token_Q': token, 'slot_Q': jnp.zeros_like(row),
            'position_Q': valid.sum(1, dtype=jnp.int32), 'alive_Q': alive, 'seen_QS': self._around(valid, 1, state.clock),
            'cache': jax.tree.map(lambda x: self._around(x, 2, state.clock), cache)}
@@ -189,7 +190,8 @@ class _Queue:
     seen_QS = jax.lax.dynamic_update_slice_in_dim(state.seen_QS, jnp.ones((self.slots, 1), bool), place, axis=1)
     age_S = (place - jnp.arange(self._ring)) % self._ring
     sees_QS = seen_QS if window is None else seen_QS & (age_S < window)
-    hidden_QTD, cache = self.run(state.token_Q[:, None], state.position_Q[:, None], sees_QS[:, None], state.cache, place)
+    hidden_QTD, cache = self.run(state.token_Q[:, None], state.position_Q[:, None], Seen(sees_QS[:, None]), state.cache,
+                                  place)
     token_Q, answers, alive_Q = self._draw(hidden_QTD[:, 0], state.answers, state.prompt_Q, state.sample_Q, state.slot_Q + 1,
                                            state.alive_Q)
     return state.replace(clock=state.clock + 1, token_Q=token_Q, slot_Q=state.slot_Q + 1, position_Q=state.position_Q + 1,

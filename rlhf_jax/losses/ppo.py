@@ -81,9 +81,8 @@ def ppo(policy, value, config, *, temperature=1.0):
                        logprob_BR=batch.logprob_BR, advantage_BR=batch.advantage_BR, return_BR=batch.return_BR,
                        value_BR=batch.value_BR, value_mask_BR=batch.value_mask_BR)
     start = sizes['T'] - sizes['R']
-    logprob_BR, entropy_BR, value_BT = forward.policy_and_value(
+    logprob_BR, entropy_BR, value_BR, _ = forward.policy_and_value(
       policy, value, params, batch.tokens_BT, batch.valid_BT, start=start, temperature=temperature)
-    value_BR = value_BT[:, start - 1:-1]
     # Slots that do not count are made harmless before the losses: behind them, an infinity would turn gradients to NaN.
     old_logprob_BR = jnp.where(batch.mask_BR, batch.logprob_BR, jax.lax.stop_gradient(logprob_BR))
     advantage_BR = jnp.where(batch.mask_BR, batch.advantage_BR, 0.0)

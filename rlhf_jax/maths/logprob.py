@@ -25,7 +25,7 @@ def token_logprobs(logits_BTV, target_BT):
   >>> f'{logprob_BT[0, 0]:.4f}'                                      # log 0.8
   '-0.2231'
   """
-  return _at_target(_log_softmax(logits_BTV), target_BT)
+  return _read(logits_BTV, target_BT)[0]
 
 
 def entropy(logits_BTV):
@@ -35,7 +35,7 @@ def entropy(logits_BTV):
   >>> f'{entropy(jnp.zeros((1, 1, 4)))[0, 0]:.4f}'                   # log 4
   '1.3863'
   """
-  return _entropy(_log_softmax(logits_BTV))
+  return _read(logits_BTV, jnp.zeros(logits_BTV.shape[:-1], jnp.int32))[1]
 
 
 def chunked_logprobs(hidden_BTD, unembed_DV, target_BT, *, temperature=1.0, tokens_per_chunk=1024):
@@ -75,20 +75,22 @@ def _read_chunk(unembed_DV, temperature, chunk):
   hidden_BTD, target_BT = chunk
   hidden_TD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])           # one axis: the backward product is faster on CPU
   logits_TV = jnp.matmul(hidden_TD, unembed_DV.astype(hidden_TD.dtype), preferred_element_type=jnp.float32)
-  logprob_TV = _log_softmax(logits_TV / temperature)
-  logprob_T = _at_target(logprob_TV, target_BT.reshape(-1))
-  return logprob_T.reshape(target_BT.shape), _entropy(logprob_TV).reshape(target_BT.shape)
+  logprob_T, entropy_T = _read(logits_TV / temperature, target_BT.reshape(-1))
+  return logprob_T.reshape(target_BT.shape), entropy_T.reshape(target_BT.shape)
 
 
-def _log_softmax(logits_BTV):
-  return jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
+def _read(logits_BTV, target_BT):
+  """(log-probability of the target, entropy) of softmax(logits).
 
-
-def _at_target(logprob_BTV, target_BT):
-  token_BTV = jax.lax.broadcasted_iota(jnp.int32, logprob_BTV.shape, logprob_BTV.ndim - 1)
-  return jnp.sum(jnp.where(token_BTV == target_BT[..., None], logprob_BTV, 0), axis=-1)
-
-
-def _entropy(logprob_BTV):
+  They share no exponential: one that both use is compiled otherwise than one that is used alone, so a log-probability
+  would depend in its last bit on whether the entropy is asked for, and the KL of equal models would not be 0.
+  """
+  logits_BTV = logits_BTV.astype(jnp.float32)
+  shifted_BTV = logits_BTV - jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1, keepdims=True))
+  log_total_BT = jnp.log(jnp.sum(jnp.exp(shifted_BTV), axis=-1))
+  token_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, logits_BTV.ndim - 1)
+  at_target_BT = jnp.sum(jnp.where(token_BTV == target_BT[..., None], shifted_BTV, 0), axis=-1)
+  exists_BT = (target_BT >= 0) & (target_BT < logits_BTV.shape[-1])
+  logprob_BTV = shifted_BTV - log_total_BT[..., None]
   finite_BTV = jnp.where(logprob_BTV > -jnp.inf, logprob_BTV, 0)     # 0 * -inf is NaN; its limit is 0
-  return -jnp.sum(jnp.exp(logprob_BTV) * finite_BTV, axis=-1)
+  return jnp.where(exists_BT, at_target_BT - log_total_BT, 0), -jnp.sum(jnp.exp(logprob_BTV) * finite_BTV, axis=-1)

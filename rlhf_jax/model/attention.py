@@ -1,14 +1,18 @@
 """What happens between the weights of a block: products with weights, norms, rotary positions, attention.
 
 Pure functions of arrays. Attention works in [B, K, T, H], the cache too: on CPU the layout [B, T, K, H] costs twice.
+What a query may see is `Causal`, for whole sequences, or `Seen`, for queries against a cache.
 """
 
 import math
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-_MASKED = -1e30  # finite, so that a row that attends to nothing gives numbers, not NaN
+_MASKED = -1e30
+_LOWEST = -1e29  # largest score of a query that sees nothing: above _MASKED, so that all its weights are 0, not NaN
+_QUERIES_A_PIECE = 128  # whose scores exist at a time; keys after the last of them are never read
 
 
 def project(x, weight, contracted=1):
@@ -53,21 +57,77 @@ def frequencies(config):
 
 def rotate(x_BTNH, position_BT, radians):
   """The first 2 * len(radians) numbers of every head turned by position * radians, as pairs (i, i + half)."""
-  angle = position_BT[:, :, None, None].astype(jnp.float32) * radians
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  angle = position_BT[:, :, None, None, None].astype(jnp.float32) * radians
   half = radians.shape[0]
-  first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), [half, 2 * half], axis=-1)
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
-  return turned.astype(x_BTNH.dtype)
+  pairs, rest = x_BTNH[..., :2 * half], x_BTNH[..., 2 * half:]
+  pairs = pairs.astype(jnp.float32).reshape(*x_BTNH.shape[:3], 2, half)
+  # Halves change places by a reversal: on CPU that is a change of index, where a concatenation branches at every number.
+  sign = jnp.array([-1.0, 1.0])[:, None]
+  turned = pairs * jnp.cos(angle) + jnp.flip(pairs, 3) * (jnp.sin(angle) * sign)
+  turned = turned.reshape(*x_BTNH.shape[:3], 2 * half).astype(x_BTNH.dtype)
+  return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
 
 
-def attend(q_BTNH, k_BKSH, v_BKSH, attends_BTS):
-  """Softmax attention, N/K query heads to a key/value head; scores and softmax in float32; [B, T, N, H]."""
+@flax.struct.dataclass
+class Causal:
+  """A token sees itself and those before it of its segment, the nearest `window` of them; segment 0 is padding.
+
+  Padding sees nothing and is seen by nothing. Queries are the slots from `start` on, keys all slots.
+  """
+  segment_BT: jax.Array
+  window: int | None = flax.struct.field(pytree_node=False, default=None)
+  start: int = flax.struct.field(pytree_node=False, default=0)
+
+  def seen(self, keys, queries):
+    """bool [B, T, S] for the slots of two slices: which keys each query sees."""
+    query_BT, key_BS = self.segment_BT[:, queries], self.segment_BT[:, keys]
+    slot = jnp.arange(self.segment_BT.shape[1])
+    age_TS = slot[queries, None] - slot[None, keys]
+    near_TS = (age_TS >= 0) if self.window is None else (age_TS >= 0) & (age_TS < self.window)
+    return near_TS & (query_BT[:, :, None] == key_BS[:, None, :]) & (key_BS[:, None, :] > 0)
+
+  def at(self, slot_B):
+    """The Seen of one query a row, the token at that slot."""
+    slot_T = jnp.arange(self.segment_BT.shape[1])
+    age_BT = slot_B[:, None] - slot_T
+    near_BT = (age_BT >= 0) if self.window is None else (age_BT >= 0) & (age_BT < self.window)
+    own_B = jnp.sum(jnp.where(slot_T == slot_B[:, None], self.segment_BT, 0), 1)
+    return Seen((near_BT & (self.segment_BT == own_B[:, None]) & (self.segment_BT > 0))[:, None])
+
+
+@flax.struct.dataclass
+class Seen:
+  """Which keys each query sees, said one by one."""
+  seen_BTS: jax.Array
+
+
+def attend(q_BTNH, k_BKSH, v_BKSH, sees):
+  """Softmax attention, N/K query heads to a key/value head; scores and softmax in float32; [B, T, N, H].
+
+  A query that sees nothing gets 0. `Causal` attention goes through the queries piece by piece: each reads only the keys
+  up to its last query, and its scores are made again in the backward pass instead of being kept.
+  """
+  if isinstance(sees, Seen):
+    return _weighted(q_BTNH, k_BKSH, v_BKSH, sees.seen_BTS)
+  pieces, T, weighted = [], q_BTNH.shape[1], jax.checkpoint(_weighted)
+  for first in range(0, T, _QUERIES_A_PIECE):
+    last = min(first + _QUERIES_A_PIECE, T)
+    queries = slice(sees.start + first, sees.start + last)
+    keys = slice(0 if sees.window is None else max(0, queries.start - sees.window + 1), queries.stop)
+    pieces.append(weighted(q_BTNH[:, first:last], k_BKSH[:, :, keys], v_BKSH[:, :, keys], sees.seen(keys, queries)))
+  return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+
+
+def _weighted(q_BTNH, k_BKSH, v_BKSH, seen_BTS):
   B, T, N, H = q_BTNH.shape
   K = k_BKSH.shape[1]
   G = N // K
   q = (q_BTNH * H ** -0.5).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
   score = jnp.einsum('BKQH,BKSH->BKQS', q, k_BKSH, preferred_element_type=jnp.float32).reshape(B, K, G, T, -1)
-  weight = jax.nn.softmax(jnp.where(attends_BTS[:, None, None], score, _MASKED), axis=-1).astype(v_BKSH.dtype)
-  out = jnp.einsum('BKQS,BKSH->BKQH', weight.reshape(B, K, G * T, -1), v_BKSH)
-  return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+  score = jnp.where(seen_BTS[:, None, None], score, _MASKED)
+  largest = jax.lax.stop_gradient(jnp.maximum(score.max(-1, keepdims=True), _LOWEST))
+  weight = jnp.exp(score - largest)
+  total = jnp.maximum(weight.sum(-1), 1e-30).reshape(B, K, G * T, 1)            # divided by last, where there is less of it
+  out = jnp.einsum('BKQS,BKSH->BKQH', weight.astype(v_BKSH.dtype).reshape(B, K, G * T, -1), v_BKSH,
+                   preferred_element_type=jnp.float32) / total
+  return out.astype(v_BKSH.dtype).reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

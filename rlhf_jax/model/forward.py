@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rlhf_jax.axes import check_axes
 from rlhf_jax.errors import ConfigError
 from rlhf_jax.maths.logprob import chunked_logprobs
-from rlhf_jax.model.attention import project
+from rlhf_jax.model.attention import Causal, project
 from rlhf_jax.model.heads import unembed_DV
 from rlhf_jax.model.partition import batch_parts
 
@@ -23,13 +23,10 @@ def positions(valid_BT, segment_BT=None):
   return count_BT - jax.lax.cummax(jnp.where(starts_BT, count_BT, 0), axis=1)
 
 
-def attends(valid_BT, segment_BT=None, window=None):
-  """Which keys each query sees, bool [B, T, S=T]: valid, of the same segment, not later, within the window."""
-  slot = jnp.arange(valid_BT.shape[1])
-  age_TS = slot[:, None] - slot[None, :]
-  seen_TS = (age_TS >= 0) if window is None else (age_TS >= 0) & (age_TS < window)
-  seen_BTS = seen_TS & valid_BT[:, None, :]
-  return seen_BTS if segment_BT is None else seen_BTS & (segment_BT[:, :, None] == segment_BT[:, None, :])
+def causal(config, valid_BT, segment_BT=None):
+  """What each token of whole sequences sees: valid ones of its segment, not later, within the model's window."""
+  own_BT = valid_BT.astype(jnp.int32) if segment_BT is None else jnp.where(valid_BT, segment_BT, 0)
+  return Causal(own_BT, window=config.window)
 
 
 def check_length(config, length):
@@ -39,13 +36,16 @@ def check_length(config, length):
                       'Shorten prompts or responses, or use a model with a longer context.')
 
 
-def hidden(model, params, tokens_BT, valid_BT, segment_BT=None):
-  """The normalised stream after the last block, [B, T, D], of the backbone in `params` (of either model)."""
+def hidden(model, params, tokens_BT, valid_BT, segment_BT=None, wanted=None):
+  """The normalised stream after the last block, [B, T, D], of the backbone in `params` (of either model).
+
+  `wanted` None is all tokens; a number the slots from there on, [B, T - wanted, D]; an array slot_B one a row, [B, 1, D].
+  """
   check_axes(tokens_BT=tokens_BT, valid_BT=valid_BT, segment_BT=segment_BT)
   check_length(model.config, tokens_BT.shape[1])
-  seen_BTS = attends(valid_BT, segment_BT, model.config.window)
-  return model.apply({'params': params}, tokens_BT, positions(valid_BT, segment_BT), seen_BTS,
-                     method=lambda m, *args: m.backbone(*args)[0])
+  sees = causal(model.config, valid_BT, segment_BT)
+  return model.apply({'params': params}, tokens_BT, positions(valid_BT, segment_BT), sees,
+                     method=lambda m, *args: m.backbone(*args, wanted=wanted)[0])
 
 
 def logits(model, params, tokens_BT, valid_BT):
@@ -62,8 +62,8 @@ def logprobs_from_hidden(model, params, hidden_BTD, target_BT, temperature=1.0):
 
 def next_logprobs(model, params, tokens_BT, valid_BT, *, segment_BT=None, start=1, temperature=1.0):
   """(logprob, entropy) of the tokens from slot `start` on, each given all before it; float32 [B, T - start]."""
-  hidden_BTD = hidden(model, params, tokens_BT, valid_BT, segment_BT)
-  return logprobs_from_hidden(model, params, hidden_BTD[:, start - 1:-1], tokens_BT[:, start:], temperature)
+  hidden_BTD = hidden(model, params, tokens_BT, valid_BT, segment_BT, wanted=start - 1)
+  return logprobs_from_hidden(model, params, hidden_BTD[:, :-1], tokens_BT[:, start:], temperature)
 
 
 def values(model, params, tokens_BT, valid_BT):
@@ -78,20 +78,21 @@ def values_from_hidden(model, params, hidden_BTD):
 
 def scores(model, params, tokens_BT, valid_BT):
   """A reward model's score of each sequence: its scalar at the last valid token, float32 [B]; 0 where none is valid."""
-  value_BT = values(model, params, tokens_BT, valid_BT)
-  slot = jnp.arange(valid_BT.shape[1])
-  last_B = jnp.max(jnp.where(valid_BT, slot, -1), axis=1)
-  return jnp.sum(jnp.where(slot == last_B[:, None], value_BT, 0.0), axis=1)
+  last_B = jnp.max(jnp.where(valid_BT, jnp.arange(valid_BT.shape[1]), -1), axis=1)
+  hidden_BTD = hidden(model, params, tokens_BT, valid_BT, wanted=last_B)
+  return jnp.where(last_B < 0, 0.0, values_from_hidden(model, params, hidden_BTD)[:, 0])
 
 
 def policy_and_value(policy, value, params, tokens_BT, valid_BT, *, start, temperature):
-  """(logprob_BR, entropy_BR, value_BT) of params {'policy', 'value'}, R being the slots from `start` on.
+  """(logprob_BR, entropy_BR, value_BR, after_B) of params {'policy', 'value'}, R being the slots from `start` on.
 
-  One pass where the value is a second head on the policy's trunk (`params['value']` has no backbone), else two.
+  `value_BR` is of the text before each of those tokens, `after_B` of the whole. One pass where the value is a second head
+  on the policy's trunk (`params['value']` has no backbone), else two.
   """
-  hidden_BTD = hidden(policy, params['policy'], tokens_BT, valid_BT)
-  logprob_BR, entropy_BR = logprobs_from_hidden(policy, params['policy'], hidden_BTD[:, start - 1:-1],
-                                                tokens_BT[:, start:], temperature)
+  hidden_BTD = hidden(policy, params['policy'], tokens_BT, valid_BT, wanted=start - 1)
+  logprob_BR, entropy_BR = logprobs_from_hidden(policy, params['policy'], hidden_BTD[:, :-1], tokens_BT[:, start:],
+                                                temperature)
   if 'backbone' in params['value']:
-    return logprob_BR, entropy_BR, values(value, params['value'], tokens_BT, valid_BT)
-  return logprob_BR, entropy_BR, values_from_hidden(value, params['value'], hidden_BTD)
+    hidden_BTD = hidden(value, params['value'], tokens_BT, valid_BT, wanted=start - 1)
+  value_BT = values_from_hidden(value, params['value'], hidden_BTD)
+  return logprob_BR, entropy_BR, value_BT[:, :-1], value_BT[:, -1]

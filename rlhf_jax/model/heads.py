@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import ConfigError
+from rlhf_jax.model.attention import Causal
 from rlhf_jax.model.config import ModelConfig
 from rlhf_jax.model.transformer import Transformer, split_layers
 
@@ -46,10 +47,10 @@ class LanguageModel(nn.Module):
     if not self.config.tied:
       self.unembed = _Unembed(self.config)
 
-  def __call__(self, tokens_BT, position_BT, attends_BTS, cache=None, slot=0):
+  def __call__(self, tokens_BT, position_BT, sees, cache=None, slot=0, wanted=None):
     if self.is_initializing() and not self.config.tied:
       self.unembed()
-    return self.backbone(tokens_BT, position_BT, attends_BTS, cache, slot)
+    return self.backbone(tokens_BT, position_BT, sees, cache, slot, wanted)
 
 
 class ScalarModel(nn.Module):
@@ -60,8 +61,8 @@ class ScalarModel(nn.Module):
     self.backbone = Transformer(self.config)
     self.scalar = _Scalar(self.config)
 
-  def __call__(self, tokens_BT, position_BT, attends_BTS):
-    return self.scalar(self.backbone(tokens_BT, position_BT, attends_BTS)[0])
+  def __call__(self, tokens_BT, position_BT, sees):
+    return self.scalar(self.backbone(tokens_BT, position_BT, sees)[0])
 
   def head(self, hidden_BTD):
     return self.scalar(hidden_BTD)
@@ -70,7 +71,7 @@ class ScalarModel(nn.Module):
 def initial_params(model, key):
   """Fresh float32 parameters of a LanguageModel or ScalarModel, a plain nested dict. Works under jit and eval_shape."""
   tokens_BT = jnp.zeros((1, 1), jnp.int32)
-  return model.init(key, tokens_BT, tokens_BT, jnp.ones((1, 1, 1), bool))['params']
+  return model.init(key, tokens_BT, tokens_BT, Causal(tokens_BT))['params']
 
 
 def unembed_DV(params):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.axes import axes_of
-from rlhf_jax.model.attention import attend, frequencies, layer_norm, project, rms_norm, rotate
+from rlhf_jax.model.attention import Causal, attend, frequencies, layer_norm, project, rms_norm, rotate
 from rlhf_jax.model.cache import write
 from rlhf_jax.model.config import ModelConfig
 from rlhf_jax.model.partition import constrain
@@ -61,22 +61,25 @@ class Block(nn.Module):
   """Attention and a feed-forward, each read from a normalised stream and added back to it.
 
   Returns the stream and the layer's cache (None without one). With a cache, the T tokens go to its slots from `slot` on.
+  All tokens are seen, but only those that are `wanted` ask and go on: see `Transformer`.
   """
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD, position_BT, attends_BTS, cache=None, slot=0):
+  def __call__(self, x_BTD, position_BT, sees, cache=None, slot=0, wanted=None):
     c = self.config
     y_BTD = _norm(self, 'attention_norm', x_BTD)
-    attended_BTD, cache = self._attention(y_BTD, position_BT, attends_BTS, cache, slot)
+    attended_BTD, cache = self._attention(y_BTD, position_BT, sees, cache, slot, wanted)
+    x_BTD = _chosen(x_BTD, wanted)
     if c.parallel_residual:
       return x_BTD + attended_BTD + self._feedforward(_norm(self, 'feedforward_norm', x_BTD)), cache
     x_BTD = x_BTD + attended_BTD
     return x_BTD + self._feedforward(_norm(self, 'feedforward_norm', x_BTD)), cache
 
-  def _attention(self, y_BTD, position_BT, attends_BTS, cache, slot):
+  def _attention(self, y_BTD, position_BT, sees, cache, slot, wanted):
     c, weight = self.config, functools.partial(_weight, self)
-    q_BTNH, k_BTKH, v_BTKH = (project(y_BTD, weight(name)) for name in ('q_DNH', 'k_DKH', 'v_DKH'))
+    q_BTNH = project(_chosen(y_BTD, wanted), weight('q_DNH'))
+    k_BTKH, v_BTKH = project(y_BTD, weight('k_DKH')), project(y_BTD, weight('v_DKH'))
     if c.qkv_bias:
       q_BTNH, k_BTKH, v_BTKH = q_BTNH + weight('q_bias_NH'), k_BTKH + weight('k_bias_KH'), v_BTKH + weight('v_bias_KH')
     if c.qk_norm:
@@ -84,12 +87,12 @@ class Block(nn.Module):
       k_BTKH = rms_norm(k_BTKH, weight('k_norm_H'), c.norm_epsilon)
     if c.position == 'rope':
       radians = frequencies(c)
-      q_BTNH, k_BTKH = rotate(q_BTNH, position_BT, radians), rotate(k_BTKH, position_BT, radians)
+      q_BTNH, k_BTKH = rotate(q_BTNH, _chosen(position_BT, wanted), radians), rotate(k_BTKH, position_BT, radians)
     if cache is None:
       k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     else:
       cache = k_BKSH, v_BKSH = write(cache, k_BTKH, v_BTKH, slot)
-    out_BTD = project(attend(q_BTNH, k_BKSH, v_BKSH, attends_BTS), weight('o_NHD'), contracted=2)
+    out_BTD = project(attend(q_BTNH, k_BKSH, v_BKSH, _of_chosen(sees, wanted)), weight('o_NHD'), contracted=2)
     return (out_BTD + weight('o_bias_D') if c.output_bias else out_BTD), cache
 
   def _feedforward(self, y_BTD):
@@ -106,13 +109,15 @@ class Block(nn.Module):
 class Transformer(nn.Module):
   """Token ids to the normalised stream after the last block, [B, T, D] in the compute dtype, and the cache.
 
-  `attends_BTS[b, t, s]` says whether query t sees key s; S is T, or the slots of the cache. `blocks` among the parameters
-  may also be what `split_layers` makes of it, which spares a decode loop the splitting at every token.
+  `sees` is a Causal, or a Seen whose keys are the slots of the cache. `wanted` says of which tokens the stream is wanted:
+  None for all, a number for the slots from there on, an array slot_B for one a row; the last block computes no others.
+  `blocks` among the parameters may also be what `split_layers` makes of it, which spares a decode loop the splitting at
+  every token.
   """
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, tokens_BT, position_BT, attends_BTS, cache=None, slot=0):
+  def __call__(self, tokens_BT, position_BT, sees, cache=None, slot=0, wanted=None):
     c = self.config
     x_BTD = _row(self, 'embedding_VD', tokens_BT)
     if c.position == 'learned':
@@ -120,10 +125,27 @@ class Transformer(nn.Module):
     x_BTD = constrain(x_BTD, 'BTD')
     blocks = self.param('blocks', _initial_blocks, c) if self.is_initializing() else self.get_variable('params', 'blocks')
     if c.scan_layers and cache is None:
-      x_BTD = _scanned(c, blocks, x_BTD, position_BT, attends_BTS)
+      x_BTD = _chosen(_scanned(c, blocks, x_BTD, position_BT, sees), wanted)
     else:
-      x_BTD, cache = _unrolled(c, blocks, x_BTD, position_BT, attends_BTS, cache, slot)
+      x_BTD, cache = _unrolled(c, blocks, x_BTD, position_BT, sees, cache, slot, wanted)
     return _norm(self, 'final_norm', x_BTD), cache
+
+
+def _chosen(x_BT, wanted):
+  """Of x [B, T, ...] the tokens that are wanted."""
+  if wanted is None:
+    return x_BT
+  if isinstance(wanted, int):
+    return x_BT[:, wanted:]
+  here_BT = (jnp.arange(x_BT.shape[1]) == wanted[:, None]).reshape(*x_BT.shape[:2], *[1] * (x_BT.ndim - 2))
+  return jnp.sum(jnp.where(here_BT, x_BT, 0), axis=1, keepdims=True, dtype=x_BT.dtype)   # no gather: its gradient scatters
+
+
+def _of_chosen(sees, wanted):
+  """What the tokens that are wanted see."""
+  if wanted is None:
+    return sees
+  return sees.replace(start=wanted) if isinstance(wanted, int) else sees.at(wanted)
 
 
 def split_layers(blocks, layers):
@@ -147,29 +169,31 @@ def _without_L(name):
 def _initial_blocks(key, config):
   """Stacked parameters of all blocks, each layer drawn from a key of its own."""
   x_BTD, position_BT = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1), jnp.int32)
-  one = lambda k: Block(config).init(k, x_BTD, position_BT, jnp.ones((1, 1, 1), bool))['params']
+  one = lambda k: Block(config).init(k, x_BTD, position_BT, Causal(jnp.ones((1, 1), jnp.int32)))['params']
   return {_with_L(name): stacked for name, stacked in jax.vmap(one)(jax.random.split(key, config.layers)).items()}
 
 
-def _apply_block(config, layer, *args):
-  x_BTD, cache = Block(config).apply({'params': layer}, *args)
+def _apply_block(config, wanted, layer, *args):
+  x_BTD, cache = Block(config).apply({'params': layer}, *args, wanted=wanted)
   return constrain(x_BTD, 'BTD'), cache
 
 
-def _remat(config):
-  apply = functools.partial(_apply_block, config)
+def _remat(config, wanted=None):
+  apply = functools.partial(_apply_block, config, wanted)
   return jax.checkpoint(apply, prevent_cse=not config.scan_layers) if config.remat else apply
 
 
-def _unrolled(config, blocks, x_BTD, position_BT, attends_BTS, cache, slot):
-  apply, written = _remat(config) if cache is None else functools.partial(_apply_block, config), []
+def _unrolled(config, blocks, x_BTD, position_BT, sees, cache, slot, wanted):
+  written = []
   for i, layer in enumerate(split_layers(blocks, config.layers)):
-    x_BTD, layer_cache = apply(layer, x_BTD, position_BT, attends_BTS, None if cache is None else cache[i], slot)
+    wanted_here = wanted if i == config.layers - 1 else None
+    apply = _remat(config, wanted_here) if cache is None else functools.partial(_apply_block, config, wanted_here)
+    x_BTD, layer_cache = apply(layer, x_BTD, position_BT, sees, None if cache is None else cache[i], slot)
     written.append(layer_cache)
   return x_BTD, None if cache is None else tuple(written)
 
 
-def _scanned(config, blocks, x_BTD, position_BT, attends_BTS):
+def _scanned(config, blocks, x_BTD, position_BT, sees):
   apply = _remat(config)
-  body = lambda x, layer: (apply(layer, x, position_BT, attends_BTS)[0], None)
+  body = lambda x, layer: (apply(layer, x, position_BT, sees)[0], None)
   return jax.lax.scan(body, x_BTD, {_without_L(name): stacked for name, stacked in blocks.items()})[0]

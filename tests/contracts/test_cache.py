@@ -27,7 +27,7 @@ def _random_params(model, seed=0):
 
 def _prompts(config):
   rng = np.random.default_rng(1)
-  valid_BP = np.arange(P) >= np.array([0, 3, 8, 5, 1])[:, None]
+  valid_BP = np.arange(P) >= np.array([0, 3, P, 5, 1])[:, None]             # one has no token at all
   tokens_BP = rng.integers(0, config.vocab_size, (B, P)).astype(np.int32)
   return Prompts(tokens_BP=tokens_BP, valid_BP=valid_BP, sample_B=np.arange(B, dtype=np.int32))
 

@@ -35,7 +35,7 @@ def _start(where):
 def _measured(temperature, params, batch):
   """(ratio of every token, the metrics of the loss), as the first train step computes them."""
   start = batch.tokens_BT.shape[1] - batch.mask_BR.shape[1]
-  logprob_BR, _, _ = forward.policy_and_value(POLICY, SCALAR, params, batch.tokens_BT, batch.valid_BT, start=start,
+  logprob_BR, *_ = forward.policy_and_value(POLICY, SCALAR, params, batch.tokens_BT, batch.valid_BT, start=start,
                                               temperature=temperature)
   _, ratio_BR, _ = policy_loss(logprob_BR, batch.logprob_BR, batch.advantage_BR, LOSS)
   return {'ratio_BR': ratio_BR}, ppo(POLICY, SCALAR, LOSS, temperature=temperature)(params, batch, None)[1]

@@ -14,7 +14,8 @@ from rlhf_jax import cli, config
 from rlhf_jax.metrics import read_metrics
 
 SETTINGS = {
-  'preset': 'nano', 'tensorboard': False, 'data.limits.prompt_tokens': 24, 'world.demonstrations': 2000, 'world.ranked_prompts': 600,
+  'preset': 'nano', 'tensorboard': False, 'data.limits.prompt_tokens': 24, 'world.demonstrations': 2000,
+  'world.ranked_prompts': 600,
   'sft.steps': 150, 'sft.batch_size': 32, 'sft.evaluate_every': 1000,
   'reward.steps': 80, 'reward.batch_size': 16, 'reward.evaluate_every': 1000, 'reward.optimizer.learning_rate': 0.002,
   'ppo.iterations': 8, 'ppo.batch_size': 64, 'ppo.epochs': 2, 'ppo.held_out_answers': 1, 'ppo.kl_weight': 0.02,

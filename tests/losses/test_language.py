@@ -130,7 +130,8 @@ def test_positions_and_masks_of_a_packed_row_are_those_of_its_rows(window):
   lengths, left = (6, 1, 8, 4, 2), 3
   batch = packed(demonstrations(3, lengths), left)
   position_T = np.array(forward.positions(batch.valid_BT, batch.segment_BT))[0]
-  seen_TS = np.array(forward.attends(batch.valid_BT, batch.segment_BT, window))[0]
+  causal = forward.causal(tiny.config(window=window), batch.valid_BT, batch.segment_BT)
+  seen_TS = np.array(causal.seen(slice(24), slice(24)))[0]
   expected_T, expected_TS, start = np.zeros(24, int), np.zeros((24, 24), bool), left
   for n in lengths:
     one = slice(start, start + n)

@@ -229,8 +229,8 @@ def test_padding_and_masked_slots_do_not_matter(networks):
 def test_first_minibatch_has_ratio_one(networks):
   policy, value, params = networks
   batch = experience_of(rows(), extra_value_slot=False)
-  logprob_BR, _, value_BT = read(policy, value, params, batch.tokens_BT, batch.valid_BT)
-  batch = dataclasses.replace(batch, logprob_BR=logprob_BR, value_BR=value_BT[:, P - 1:-1])
+  logprob_BR, _, value_BR, _ = read(policy, value, params, batch.tokens_BT, batch.valid_BT)
+  batch = dataclasses.replace(batch, logprob_BR=logprob_BR, value_BR=value_BR)
   loss, metrics, _ = loss_and_gradient(policy, value, CONFIG, params, batch)
   np.testing.assert_allclose(metrics['ratio'].value(), 1, atol=1e-6)
   np.testing.assert_allclose(metrics['kl_k2'].value(), 0, atol=1e-10)

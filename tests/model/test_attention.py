@@ -1,0 +1,105 @@
+"""Attention in pieces against a loop over queries, and the last block on some tokens against the same on all."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from families import FAMILIES
+
+from rlhf_jax.model import forward
+from rlhf_jax.model.attention import Causal, Seen, attend
+from rlhf_jax.model.heads import LanguageModel, initial_params
+
+B, T, N, K, H = 3, 300, 4, 2, 6                                      # three pieces of at most 128 queries
+RNG = np.random.default_rng(4)
+# Padding left, on both sides with a hole, and three segments of which one lies across two pieces.
+SEGMENT_BT = np.array([np.where(np.arange(T) < 140, 0, 1),
+                       np.where((np.arange(T) < 5) | (np.arange(T) > 250) | (np.arange(T) == 129), 0, 1),
+                       np.repeat([1, 2, 3], [60, 100, 140])])
+
+
+def arrays():
+  draw = lambda *shape: jnp.array(RNG.normal(size=shape), jnp.float32)
+  return draw(B, T, N, H), draw(B, K, T, H), draw(B, K, T, H)
+
+
+def by_loop(q_BTNH, k_BKSH, v_BKSH, window):
+  """One query at a time, over the keys that it sees, in double precision; 0 where there are none."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q_BTNH, k_BKSH, v_BKSH))
+  out = np.zeros_like(q)
+  for b in range(B):
+    for t in range(T):
+      seen = [s for s in range(max(0, t - window + 1), t + 1) if SEGMENT_BT[b, s] == SEGMENT_BT[b, t] > 0]
+      for n in range(N if seen else 0):
+        score = k[b, n // 2, seen] @ q[b, t, n] / np.sqrt(H)
+        weight = np.exp(score - score.max())
+        out[b, t, n] = weight / weight.sum() @ v[b, n // 2, seen]
+  return out
+
+
+@pytest.mark.parametrize('window', [None, 7, 200])
+def test_pieces_are_softmax_attention(window):
+  given = arrays()
+  got = jax.jit(attend)(*given, Causal(jnp.array(SEGMENT_BT), window))
+  np.testing.assert_allclose(got, by_loop(*given, T if window is None else window), atol=2e-6)
+  assert not got[0, :140].any() and not got[1, 129].any()           # padding sees nothing
+  from_200 = jax.jit(attend)(given[0][:, 200:], *given[1:], Causal(jnp.array(SEGMENT_BT), window, start=200))
+  np.testing.assert_allclose(from_200, got[:, 200:], atol=2e-6)
+
+
+def plain(q_BTNH, k_BKSH, v_BKSH, causal):
+  """Softmax over all keys at once."""
+  T = q_BTNH.shape[1]
+  k, v = (jnp.repeat(x, N // x.shape[1], 1) for x in (k_BKSH, v_BKSH))
+  score, seen = jnp.einsum('BTNH,BNSH->BNTS', q_BTNH, k) / q_BTNH.shape[-1] ** 0.5, causal.seen(slice(T), slice(T))[:, None]
+  return jnp.einsum('BNTS,BNSH->BTNH', jnp.where(seen, jax.nn.softmax(jnp.where(seen, score, -1e9)), 0), v)
+
+
+def test_the_gradient_is_that_of_plain_softmax():
+  given, causal = arrays(), Causal(jnp.array(SEGMENT_BT))
+  weight_BTNH = jnp.array(RNG.normal(size=(B, T, N, H)), jnp.float32)
+  gradient = lambda fn: jax.jit(jax.grad(lambda *xs: (fn(*xs, causal) * weight_BTNH).sum(), (0, 1, 2)))(*given)
+  for got, expected in zip(gradient(attend), gradient(plain), strict=True):
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_keys_said_one_by_one():
+  q_BTNH, k_BKSH, v_BKSH = arrays()
+  seen_BTS = jnp.array(RNG.random((B, 2, T)) < 0.3).at[1, 1].set(False)
+  got = attend(q_BTNH[:, :2], k_BKSH, v_BKSH, Seen(seen_BTS))
+  for b, t, n in np.ndindex(B, 2, N):
+    seen = np.flatnonzero(seen_BTS[b, t])
+    weight = np.exp(np.asarray(k_BKSH[b, n // 2, seen] @ q_BTNH[b, t, n], np.float64) / H ** 0.5)
+    expected = weight / weight.sum() @ v_BKSH[b, n // 2, seen] if seen.size else np.zeros(H)
+    np.testing.assert_allclose(got[b, t, n], expected, atol=2e-6)
+
+
+def test_a_gradient_needs_less_than_half_of_the_memory_of_plain_softmax():
+  shapes = ((1, 2048, N, 8), (1, N, 2048, 8), (1, N, 2048, 8))
+  given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  causal = Causal(jax.ShapeDtypeStruct((1, 2048), jnp.int32))
+
+  def temporaries(fn):
+    gradient = jax.grad(lambda q, k, v, causal: jnp.square(fn(q, k, v, causal)).sum(), (0, 1, 2))
+    return jax.jit(gradient).lower(*given, causal).compile().memory_analysis().temp_size_in_bytes
+  assert temporaries(plain) > 3 * 4 * N * 2048 ** 2                             # the scores, several times over
+  assert temporaries(attend) < temporaries(plain) / 2
+
+
+@pytest.mark.parametrize('family, changes', [('llama3', {}), ('gpt_neox', {}), ('mistral', {}), ('gpt2', {}),
+                                             ('llama3', {'remat': True}), ('llama3', {'scan_layers': True})])
+def test_wanted_tokens_are_those_of_the_whole(family, changes):
+  model = LanguageModel(dataclasses.replace(FAMILIES[family], **changes))
+  params = jax.jit(initial_params, static_argnums=0)(model, jax.random.key(0))
+  tokens_BT, valid_BT = tiny.pad([RNG.integers(0, 19, n) for n in (9, 4, 6)], ['left', 'right', 'left'], 9)
+  run = jax.jit(functools.partial(forward.hidden, model), static_argnames='wanted')
+  whole = np.asarray(run(params, tokens_BT, valid_BT))
+  np.testing.assert_allclose(run(params, tokens_BT, valid_BT, wanted=5)[::2], whole[::2, 5:], atol=2e-6)
+  slot_B = np.array([8, 3, 7])
+  some = jax.jit(lambda slot_B: forward.hidden(model, params, tokens_BT, valid_BT, wanted=slot_B))(slot_B)
+  np.testing.assert_allclose(np.asarray(some)[:, 0], whole[np.arange(3), slot_B], atol=2e-6)
