@@ -3,13 +3,17 @@
     python -m experiments.bench_peers
     python -m experiments.bench_peers --only sft generate --preset medium --repeats 3
 
-Everything is float32 on the CPU with random weights, and runs through `torch.compile`. The rounds alternate, so that a noisy
-machine is noisy for all; what counts is the ratio. The PyTorch side is what a careful person writes by hand: fused
-attention and AdamW, a static cache, sampling from a softmax. Of `transformers`, SFT and `generate` with a static cache.
+Everything is float32 on the CPU with random weights, and runs through `torch.compile`. Each side has a process of its own,
+and the rounds alternate, so that a noisy machine is noisy for all; what counts is the ratio. The PyTorch side is what a
+careful person writes by hand: fused attention and AdamW, a static cache, sampling by one uniform number a row (twice as
+fast as torch.multinomial here). Of `transformers`, SFT and `generate` with a static cache.
 Needs the extra `test`, which brings torch. Absent on purpose: PPO of libraries that no longer have it, and GPUs.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import multiprocessing
 import statistics
 import sys
 import time
@@ -34,13 +38,15 @@ from rlhf_jax.model.config import preset
 from rlhf_jax.model.heads import LanguageModel, ScalarModel
 from rlhf_jax.startup import prepare_process
 
+_WARMUPS = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class BenchPeers:
   """What is compared, and how often."""
   preset: str = 'small'  # model of the Llama family, by name (rlhf_jax.model.config.PRESETS)
   batch: bench.BatchConfig = bench.BatchConfig()
-  repeats: int = 5  # rounds that count, after one that warms up and compiles
+  repeats: int = 5  # rounds that count, after two that compile and warm up
   only: tuple[Literal['sft', 'reward', 'generate', 'ppo'], ...] = ('sft', 'reward', 'generate', 'ppo')  # workloads
 
 
@@ -161,7 +167,8 @@ class Torch:
 
   def _step(self, tokens, place, caches, mask):
     logits = self.policy.head(self.policy.backbone(tokens, place, caches, mask)[:, -1])
-    return torch.multinomial(logits.softmax(-1), 1)
+    cumulative = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
+    return (cumulative <= torch.rand(len(tokens), 1) * cumulative[:, -1:]).sum(-1, keepdim=True)
 
   @torch.no_grad()
   def _look_back(self, tokens):
@@ -250,23 +257,41 @@ class Ours:
     return one_round
 
 
+SIDES = {'rlhf_jax': Ours, 'PyTorch': Torch, 'transformers': Transformers}
+DONE_BY = {'sft': tuple(SIDES), 'reward': ('rlhf_jax', 'PyTorch'), 'generate': tuple(SIDES), 'ppo': ('rlhf_jax', 'PyTorch')}
+
+
+def _begin(who, config, batch):
+  """Makes this process one side."""
+  global _side
+  if who == 'rlhf_jax':
+    prepare_process()
+  _side = SIDES[who](config, batch)
+
+
+def _round(name):
+  """Seconds of one round of a workload of this process's side."""
+  began = time.perf_counter()
+  getattr(_side, name)()
+  return time.perf_counter() - began
+
+
 def compare(config, batch, only, repeats):
-  """{workload: {who: median seconds of a round}}; who does a workload has a method of its name."""
-  sides = {'rlhf_jax': Ours(config, batch), 'PyTorch': Torch(config, batch), 'transformers': Transformers(config, batch)}
-  found = {}
-  with rich.progress.Progress(transient=True) as progress:
-    task = progress.add_task('', total=len(only) * (1 + repeats))
+  """{workload: {who: median seconds of a round}}. A side's memory and threads do not meddle with another's."""
+  found, spawn = {}, multiprocessing.get_context('spawn')
+  with contextlib.ExitStack() as stack:
+    sides = {who: stack.enter_context(concurrent.futures.ProcessPoolExecutor(1, spawn, _begin, (who, config, batch)))
+             for who in SIDES}
+    progress = stack.enter_context(rich.progress.Progress(transient=True))
+    task = progress.add_task('', total=len(only) * (_WARMUPS + repeats))
     for name in only:
       progress.update(task, description=name)
-      seconds = {who: [] for who, side in sides.items() if hasattr(side, name)}
-      for number in range(1 + repeats):
-        for who in seconds:
-          began = time.perf_counter()
-          getattr(sides[who], name)()
-          if number:                                                            # the first compiles
-            seconds[who].append(time.perf_counter() - began)
+      seconds = {who: [] for who in DONE_BY[name]}
+      for _ in range(_WARMUPS + repeats):
+        for who, times in seconds.items():
+          times.append(sides[who].submit(_round, name).result())
         progress.advance(task)
-      found[name] = {who: statistics.median(times) for who, times in seconds.items()}
+      found[name] = {who: statistics.median(times[_WARMUPS:]) for who, times in seconds.items()}
   return found
 
 
@@ -293,5 +318,4 @@ def main(args=None):
 
 
 if __name__ == '__main__':
-  prepare_process()
   main()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.axes import check_axes
 from rlhf_jax.errors import ConfigError, ShardingError
-from rlhf_jax.maths.sampling import Sampling, sample_tokens
+from rlhf_jax.maths.sampling import Sampling, sample_tokens, uniforms
 from rlhf_jax.model.attention import Seen
 from rlhf_jax.model.cache import empty_cache
 from rlhf_jax.model.config import ModelConfig
@@ -25,6 +25,9 @@ from rlhf_jax.model.heads import prepare_to_decode, unembed_DV
 from rlhf_jax.model.partition import batch_parts, constrain
 from rlhf_jax.records import Prompts, Rollout
 
+# The cache grows up to so often on the way to the length limit, by this many tokens at least: less is read while answers
+# are short, more is compiled.
+_RINGS, _RING_TOKENS = 4, 16
 _REFILLS = 4  # a refill waits until one slot in so many is free: fewer prefills, against slots that idle
 
 
@@ -40,8 +43,10 @@ def generate(model, params, prompts, key, sampling, slots=None):
   check_length(model.config, sizes['P'] + sampling.new_tokens)
   _check_ids(model.config, sampling)
   params, parts = prepare_to_decode(model, params), batch_parts()
+  # All chance is drawn at once: in the decode loop it would be a hundred small operations a token.
+  uniform_BR = uniforms(key, prompts.sample_B[:, None], jnp.arange(sampling.new_tokens))
   queue = _Queue(functools.partial(model.apply, {'params': params}), unembed_DV(params), jax.tree.map(jnp.asarray, prompts),
-                 key, sampling, model.config, parts, _check_slots(sizes['B'], slots, parts))
+                 uniform_BR, sampling, model.config, parts, _check_slots(sizes['B'], slots, parts))
   answers = queue.drain()
   mask_BR = jnp.arange(sampling.new_tokens) < answers.length_B[:, None]
   return Rollout(tokens_BT=jnp.concatenate([prompts.tokens_BP, answers.tokens_BR], 1),
@@ -83,7 +88,6 @@ class _Decoding:
   clock: jax.Array  # where the next token is written, before it is taken modulo the ring
   taken: jax.Array  # how many prompts of each part have left the queue
   prompt_Q: jax.Array
-  sample_Q: jax.Array
   token_Q: jax.Array  # the last that was drawn
   slot_Q: jax.Array  # its place in the response
   position_Q: jax.Array  # its position in the sequence
@@ -99,7 +103,7 @@ class _Queue:
   run: Callable  # of the model with its parameters
   unembed_DV: jax.Array
   prompts: Prompts
-  key: jax.Array
+  uniform_BR: jax.Array  # what chance decides of every token
   sampling: Sampling
   config: ModelConfig
   parts: int
@@ -120,27 +124,43 @@ class _Queue:
     return slots if self._all_at_once else -(-slots // _REFILLS)
 
   @property
-  def _ring(self):
-    """Places of the ring, S: the longest sequence."""
+  def _longest(self):
+    """Tokens of the longest sequence."""
     return self.prompts.tokens_BP.shape[1] + self.sampling.new_tokens
 
   def drain(self):
     """The _Answers to all prompts."""
     turn = lambda state: jax.lax.while_loop(self._decodes_on, self._decode, self._fill(state))
-    if self._all_at_once:
-      return turn(self._start()).answers
-    goes_on = lambda state: (state.taken < self._prompts_a_part).any() | state.alive_Q.any()
-    return jax.lax.while_loop(goes_on, turn, self._start()).answers
+    if not self._all_at_once:
+      goes_on = lambda state: (state.taken < self._prompts_a_part).any() | state.alive_Q.any()
+      return jax.lax.while_loop(goes_on, turn, self._start(self._longest)).answers
+    state = None
+    for ring in self._rings():
+      state = self._fill(self._start(ring)) if state is None else self._grown(state, ring)
+      goes_on = lambda state, ring=ring: state.alive_Q.any() & (state.clock < ring)
+      state = jax.lax.while_loop(goes_on, self._decode, state)
+    return state.answers
 
-  def _start(self):
+  def _rings(self):
+    """Sizes of the cache, one after another, where no slot is ever filled again: what is not written is not read."""
+    P, R = self.prompts.tokens_BP.shape[1], self.sampling.new_tokens
+    count = min(_RINGS, -(-R // _RING_TOKENS))
+    return [P + -(-R * i // count) for i in range(1, count + 1)]
+
+  def _grown(self, state, ring):
+    """The same state with a longer ring, of which the new places are empty."""
+    more = ring - state.seen_QS.shape[1]
+    pad = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+    return state.replace(seen_QS=pad(state.seen_QS, 1), cache=jax.tree.map(lambda x: pad(x, 2), state.cache))
+
+  def _start(self, ring):
     (B, P), Q, R = self.prompts.tokens_BP.shape, self.slots, self.sampling.new_tokens
     zero_Q, dead_Q = jnp.zeros(Q, jnp.int32), jnp.zeros(Q, bool)
     answers = _Answers(tokens_BR=jnp.full((B, R), self.sampling.pad_token, jnp.int32), logprob_BR=jnp.zeros((B, R)),
                        length_B=jnp.zeros(B, jnp.int32), ended_B=jnp.zeros(B, bool))
-    return _Decoding(clock=jnp.int32(P), taken=jnp.zeros(self.parts, jnp.int32), prompt_Q=zero_Q, sample_Q=zero_Q,
-                     token_Q=zero_Q, slot_Q=zero_Q, position_Q=zero_Q, alive_Q=dead_Q,
-                     seen_QS=jnp.zeros((Q, self._ring), bool), cache=empty_cache(self.config, Q, self._ring),
-                     answers=answers)
+    return _Decoding(clock=jnp.int32(P), taken=jnp.zeros(self.parts, jnp.int32), prompt_Q=zero_Q, token_Q=zero_Q,
+                     slot_Q=zero_Q, position_Q=zero_Q, alive_Q=dead_Q, seen_QS=jnp.zeros((Q, ring), bool),
+                     cache=empty_cache(self.config, Q, ring), answers=answers)
 
   def _decodes_on(self, state):
     """Whether some answer goes on, and not so many slots are free that it is time to fill them."""
@@ -154,15 +174,17 @@ class _Queue:
     """Free slots get the next prompts, and the first token of each answer is drawn."""
     row, prompt, taken = self._each_part(self._choose, state.alive_Q, state.taken)
     ask = lambda x: self._each_part(lambda x, prompt: x.at[prompt].get(mode='clip'), x, prompt)
-    tokens, sample = ask(self.prompts.tokens_BP), ask(self.prompts.sample_B)
+    tokens = ask(self.prompts.tokens_BP)
     used, P = prompt < self._prompts_a_part, tokens.shape[1]
     valid = ask(self.prompts.valid_BP) & used[:, None]
     hidden, cache = self.run(tokens, positions(valid), causal(self.config, valid), empty_cache(self.config, len(row), P), 0,
                              wanted=P - 1)
-    token, answers, alive = self._draw(hidden[:, 0], state.answers, prompt, sample, jnp.zeros_like(row), used)
-    new = {'prompt_Q': prompt, 'sample_Q': sample, 'token_Q': token, 'slot_Q': jnp.zeros_like(row),
-           'position_Q': valid.sum(1, dtype=jnp.int32), 'alive_Q': alive, 'seen_QS': self._around(valid, 1, state.clock),
-           'cache': jax.tree.map(lambda x: self._around(x, 2, state.clock), cache)}
+    token, answers, alive = self._draw(hidden[:, 0], state.answers, prompt, jnp.zeros_like(row), used)
+    new = {'prompt_Q': prompt, 'token_Q': token, 'slot_Q': jnp.zeros_like(row),
+           'position_Q': valid.sum(1, dtype=jnp.int32), 'alive_Q': alive}
+    ring = state.seen_QS.shape[1]
+    new |= {'seen_QS': _around(valid, 1, ring, state.clock),
+            'cache': jax.tree.map(lambda x: _around(x, 2, ring, state.clock), cache)}
     if not self._all_at_once:
       put = lambda old, new: self._each_part(lambda old, row, new: old.at[row].set(new, mode='drop'), old, row, new)
       new = {name: jax.tree.map(put, getattr(state, name), value) for name, value in new.items()}
@@ -179,29 +201,25 @@ class _Queue:
     return (jnp.where(used, row, len(alive)), jnp.where(used, prompt, self._prompts_a_part),
             taken + used.sum(dtype=jnp.int32))
 
-  def _around(self, x, axis, clock):
-    """Prompts laid into the ring so that their last token stands before the next place to be written."""
-    widths = [(0, self._ring - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
-    return jnp.roll(jnp.pad(x, widths), clock - x.shape[axis], axis)
-
   def _decode(self, state):
     """One more token for every slot; what the free ones say is dropped."""
-    place, window = state.clock % self._ring, self.config.window
+    ring, window = state.seen_QS.shape[1], self.config.window
+    place = state.clock % ring
     seen_QS = jax.lax.dynamic_update_slice_in_dim(state.seen_QS, jnp.ones((self.slots, 1), bool), place, axis=1)
-    age_S = (place - jnp.arange(self._ring)) % self._ring
+    age_S = (place - jnp.arange(ring)) % ring
     sees_QS = seen_QS if window is None else seen_QS & (age_S < window)
     hidden_QTD, cache = self.run(state.token_Q[:, None], state.position_Q[:, None], Seen(sees_QS[:, None]), state.cache,
                                   place)
-    token_Q, answers, alive_Q = self._draw(hidden_QTD[:, 0], state.answers, state.prompt_Q, state.sample_Q, state.slot_Q + 1,
-                                           state.alive_Q)
+    token_Q, answers, alive_Q = self._draw(hidden_QTD[:, 0], state.answers, state.prompt_Q, state.slot_Q + 1, state.alive_Q)
     return state.replace(clock=state.clock + 1, token_Q=token_Q, slot_Q=state.slot_Q + 1, position_Q=state.position_Q + 1,
                          alive_Q=alive_Q, seen_QS=seen_QS, cache=cache, answers=answers)
 
-  def _draw(self, hidden_QD, answers, prompt_Q, sample_Q, slot_Q, alive_Q):
+  def _draw(self, hidden_QD, answers, prompt_Q, slot_Q, alive_Q):
     """The next token of each sequence, the answers with it where it is alive, and which sequences go on after it."""
     logits_QV = jnp.matmul(hidden_QD, self.unembed_DV, preferred_element_type=jnp.float32)
     logits_QV = constrain(logits_QV, 'BV')                                      # gathered once, then sampled locally
-    token_Q, logprob_Q = sample_tokens(logits_QV, self.key, sample_Q, slot_Q, self.sampling)
+    uniform_Q = self._each_part(lambda x, *at: x.at[at].get(mode='clip'), self.uniform_BR, prompt_Q, slot_Q)
+    token_Q, logprob_Q = sample_tokens(logits_QV, uniform_Q, self.sampling)
     ends_Q = jnp.isin(token_Q, jnp.array(self.sampling.end_tokens, jnp.int32))
     prompt_Q = jnp.where(alive_Q, prompt_Q, self._prompts_a_part)                # of a free slot: none
     place = lambda array, value, *at: self._each_part(
@@ -216,3 +234,9 @@ class _Queue:
       return fn(*arrays)
     cut = [x.reshape(self.parts, x.shape[0] // self.parts, *x.shape[1:]) for x in arrays]
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(fn)(*cut))
+
+
+def _around(x, axis, ring, clock):
+  """Prompts laid into a ring so that their last token stands before the next place to be written."""
+  widths = [(0, ring - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+  return jnp.roll(jnp.pad(x, widths), clock - x.shape[axis], axis)

@@ -84,34 +84,41 @@ def truncate(logits_BV, top_k, top_p):
   return jnp.where(keep_BV, logits_BV, -jnp.inf)
 
 
-def sample_tokens(logits_BV, key, sample_B, position, sampling):
-  """(token_B int32, logprob_B float32): one token a row, drawn from softmax(truncate(logits / temperature)).
-
-  `logprob_B` is of that same distribution, nats; at temperature 0 the token is the argmax (the lower id of equals), and
-  its log-probability that of the untruncated model at temperature 1. `position` is one int, or one a row. A token whose
-  logit is -inf is never drawn. A row without a finite logit gives token 0 with a log-probability of NaN.
+def uniforms(key, sample, position):
+  """Numbers in [0, 1), float32, each of which depends on the key, its sample and its position only; shapes broadcast.
 
   >>> import jax, jax.numpy as jnp
-  >>> logits_BV = jnp.array([[-jnp.inf, 2.5, -jnp.inf], [1.0, 1.0, 1.0]])
-  >>> token_B, logprob_B = sample_tokens(logits_BV, jax.random.key(0), jnp.array([7, 8]), 0, Sampling())
-  >>> int(token_B[0]), [f'{logprob:.4f}' for logprob in logprob_B]
-  (1, ['0.0000', '-1.0986'])
+  >>> uniform_BR = uniforms(jax.random.key(0), jnp.array([[7], [8]]), jnp.arange(3))
+  >>> uniform_BR.shape, bool(uniform_BR[1, 2] == uniforms(jax.random.key(0), 8, 2))
+  ((2, 3), True)
   """
-  check_axes(logits_BV=logits_BV, sample_B=sample_B)
+  sample, position = jnp.broadcast_arrays(sample, position)
+  one = lambda sample, position: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, sample), position))
+  return jax.vmap(one)(sample.ravel(), position.ravel()).reshape(sample.shape)
+
+
+def sample_tokens(logits_BV, uniform_B, sampling):
+  """(token_B int32, logprob_B float32): one token a row, drawn from softmax(truncate(logits / temperature)).
+
+  `uniform_B` are the numbers of `uniforms`. `logprob_B` is of that same distribution, nats; at temperature 0 the token is
+  the argmax (the lower id of equals), and its log-probability that of the untruncated model at temperature 1. A token
+  whose logit is -inf is never drawn. A row without a finite logit gives token 0 with a log-probability of NaN.
+
+  >>> import jax.numpy as jnp
+  >>> logits_BV = jnp.array([[-jnp.inf, 2.5, -jnp.inf], [1.0, 1.0, 1.0]])
+  >>> token_B, logprob_B = sample_tokens(logits_BV, jnp.array([0.9, 0.5]), Sampling())
+  >>> token_B.tolist(), [f'{logprob:.4f}' for logprob in logprob_B]
+  ([1, 1], ['0.0000', '-1.0986'])
+  """
+  check_axes(logits_BV=logits_BV, uniform_B=uniform_B)
   logits_BV = logits_BV.astype(jnp.float32)
   if sampling.temperature == 0:
     token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   else:
     logits_BV = truncate(logits_BV / sampling.temperature, sampling.top_k, sampling.top_p)
     weight_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True))
-    token_B = _invert(weight_BV, _uniforms(key, sample_B, jnp.broadcast_to(position, sample_B.shape)))
+    token_B = _invert(weight_BV, uniform_B)
   return token_B, token_logprobs(logits_BV, token_B)
-
-
-def _uniforms(key, sample_B, position_B):
-  """One number in [0, 1) a row, that depends on the key, the sample and the position only."""
-  one = lambda sample, position: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, sample), position))
-  return jax.vmap(one)(sample_B, position_B)
 
 
 def _invert(weight_BV, uniform_B):

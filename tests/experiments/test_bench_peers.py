@@ -61,7 +61,8 @@ def test_the_cache_by_hand_continues_what_the_whole_model_says():
   assert said.shape == (3, 11) and torch.equal(whole, said[:, BATCH.prompt_tokens:])
 
 
-def test_all_sides_do_all_rounds(capsys):
+def test_all_sides_do_all_rounds(monkeypatch):
+  monkeypatch.setenv('TORCH_COMPILE_DISABLE', '1')                              # in the processes of the sides
   found = bench_peers.compare(CONFIG, BATCH, ('sft', 'reward', 'generate', 'ppo'), 1)
   assert {name: set(seconds) for name, seconds in found.items()} == {
     'sft': {'rlhf_jax', 'PyTorch', 'transformers'}, 'reward': {'rlhf_jax', 'PyTorch'},

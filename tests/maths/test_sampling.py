@@ -10,10 +10,15 @@ import pytest
 
 from rlhf_jax.errors import ConfigError
 from rlhf_jax.maths import sampling as module
-from rlhf_jax.maths.sampling import Sampling, sample_tokens, truncate
+from rlhf_jax.maths.sampling import Sampling, sample_tokens, truncate, uniforms
 
 KEY = jax.random.key(17)
-draw = jax.jit(sample_tokens, static_argnames='sampling')
+
+
+@functools.partial(jax.jit, static_argnames='sampling')
+def draw(logits_BV, key, sample_B, position_B, sampling):
+  """What samples get at positions."""
+  return sample_tokens(logits_BV, uniforms(key, sample_B, position_B), sampling)
 
 
 def softmax_by_numpy(logits):
@@ -161,7 +166,7 @@ def test_what_a_sample_gets_does_not_depend_on_its_batch(sampling):
   np.testing.assert_array_equal(draw(logits_BV[3:7], KEY, sample_B[3:7], position_B[3:7], sampling), together[:, 3:7])
   alone = functools.partial(draw, logits_BV[5:6], KEY, sample_B[5:6])
   np.testing.assert_array_equal(alone(5, sampling), together[:, 5:6])                  # one position for all rows
-  np.testing.assert_array_equal(jax.pmap(lambda *a: sample_tokens(a[0], KEY, a[1], a[2], sampling))(
+  np.testing.assert_array_equal(jax.pmap(lambda *a: draw(a[0], KEY, a[1], a[2], sampling))(
     *(x.reshape(8, 2, *x.shape[1:]) for x in (logits_BV, sample_B, position_B)))[0].reshape(-1), together[0])
 
 
@@ -193,8 +198,7 @@ def test_bfloat16_logits_are_sampled_in_float32():
 
 
 def test_whole_vocabularies_are_not_sorted():
-  jaxpr = lambda sampling: str(jax.make_jaxpr(lambda *a: sample_tokens(*a, 0, sampling))(
-    jnp.zeros((2, 64)), KEY, jnp.arange(2)))
+  jaxpr = lambda sampling: str(jax.make_jaxpr(lambda *a: sample_tokens(*a, sampling))(jnp.zeros((2, 64)), jnp.zeros(2)))
   assert 'top_k' in jaxpr(Sampling(top_k=2)) and 'top_k' not in jaxpr(Sampling()) and ' sort' not in jaxpr(Sampling())
 
 
