@@ -1,4 +1,5 @@
 """How fast this machine runs each stage of a model: SFT, reward model, generation, PPO, a queue; as a table and as JSON.
+Also the memory of an SFT step with a large vocabulary.
 
     python -m experiments.bench
     python -m experiments.bench --preset medium --dtype bfloat16 --mesh.runner sharded --mesh.fsdp 8 --json bench.json
@@ -18,6 +19,9 @@ feed-forward product of the SFT batch. The FLOPs of an SFT step are those that t
 counted (Chowdhery et al. 2022, 2204.02311, appendix B; causal attention counted in full):
 
     6 * tokens * (weights in matrix products) + 12 * tokens * layers * query_heads * head_width * T
+
+The bytes of generation are those that each token has to read: the weights in matrix products and the cache as far as it is
+written. Their ceiling is the speed at which all devices add up a large array; the prefill's time is not taken out.
 
 Absent on purpose: peers (other libraries), reading data, writing checkpoints.
 """
@@ -64,7 +68,8 @@ from rlhf_jax.stages.task import Run
 from rlhf_jax.startup import prepare_process
 from rlhf_jax.step import init_state, make_train_step
 
-Name = Literal['sft', 'reward', 'generate', 'ppo', 'queue', 'waves']
+Name = Literal['sft', 'reward', 'generate', 'ppo', 'queue', 'waves', 'memory']
+_READ_BYTES = 2 ** 28  # of the array that measures the bandwidth of a device: more than its caches hold
 _PRODUCTS = 8  # in the chain that measures the ceiling: enough that starting it does not count
 
 
@@ -84,6 +89,9 @@ class BatchConfig:
   slots: int = 64  # answers written at a time: of the queue, and of the waves beside it
   queue_new_tokens: int = 128  # most of a response in queue and waves, which end after queue_mean_tokens in the mean
   queue_mean_tokens: int = 32
+  memory_rows: int = 8  # sequences of the SFT step whose memory is compared
+  memory_tokens: int = 1024  # of each of them
+  memory_vocabulary: int = 131072
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,12 +212,14 @@ WORKLOADS = {'sft': sft, 'reward': reward, 'generate': generation, 'ppo': ppo_it
 def compiled(fn, *args):
   """The Program that `Runner.compile` gave as fn, compiled for these arguments."""
   began = time.perf_counter()
-  memory = fn.lower(*args).compile().memory_analysis()
-  seconds = time.perf_counter() - began
-  if memory is not None:
-    memory = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-              - memory.alias_size_in_bytes)
-  return Program(fn, seconds, memory)
+  executable = fn.lower(*args).compile()
+  return Program(fn, time.perf_counter() - began, _bytes(executable))
+
+
+def _bytes(executable):
+  memory = executable.memory_analysis()
+  return memory and (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+                     - memory.alias_size_in_bytes)
 
 
 def _updates(setting, model, loss_fn, batch, optimizer_config, *, title, unit, units):
@@ -320,13 +330,49 @@ def ceiling(setting, repeats):
   return {'side': side, 'gflops': measure(workload, repeats)['units_per_second']}
 
 
-def sft_flops(config, B, T):
-  """FLOPs of an SFT step on B sequences of T tokens: 6 a weight and token, and 12 L N H T a token of attention."""
+def bandwidth(setting, repeats):
+  """GB/s at which the devices together add up arrays of _READ_BYTES each."""
+  mesh = setting.runner.mesh
+  x = jax.device_put(np.ones((mesh.size, _READ_BYTES // 4), np.float32), NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+  total = jax.jit(lambda x: x.sum(1))
+  workload = Workload('reading', 'GB', mesh.size * _READ_BYTES / 1e9, {'sum': compiled(total, x)},
+                      lambda call, state: call('sum', x))
+  return measure(workload, repeats)['units_per_second']
+
+
+def memory(setting):
+  """{'in chunks', 'at once'}: bytes of an SFT step of a large vocabulary on one device, where logits exist a chunk of tokens
+  at a time, and where all exist at once. Compiled and not run."""
+  sizes, found = setting.batch, {}
+  B, T = sizes.memory_rows, sizes.memory_tokens
+  config = dataclasses.replace(setting.policy.config, vocab_size=sizes.memory_vocabulary, context_length=T)
+  batch = Demonstrations(*(jax.ShapeDtypeStruct((B, T), dtype) for dtype in ('int32', 'bool', 'bool')))
+  for name, chunk in (('in chunks', config.tokens_per_chunk), ('at once', B * T)):
+    model, optimizer = LanguageModel(dataclasses.replace(config, tokens_per_chunk=chunk)), _constant(SFTConfig().optimizer)
+    state = jax.eval_shape(lambda key, m=model, o=optimizer: init_state(initial_params(m, key), o), jax.random.key(0))
+    step = jax.jit(make_train_step(cross_entropy(model), optimizer), donate_argnums=0)
+    found[name] = _bytes(step.lower(state, batch, jax.random.key(0)).compile())
+  return found
+
+
+def decode_bytes(config, B, P, R):
+  """Bytes that R tokens each of B sequences have to read: weights in products, and keys and values written before."""
+  a_number = jnp.dtype(config.dtype).itemsize
+  cached = 2 * config.layers * config.kv_heads * config.head_width * B * sum(P + t for t in range(R))
+  return a_number * (R * _product_weights(config) + cached)
+
+
+def _product_weights(config):
+  """How many weights of a language model take part in matrix products."""
   params = jax.eval_shape(functools.partial(initial_params, LanguageModel(config)), jax.random.key(0))
   multiplied = [leaf.size for leaf, counts in zip(jax.tree.leaves(params), jax.tree.leaves(decays(params))) if counts]
-  weights = sum(multiplied) + (config.vocab_size * config.width if config.tied else 0)
+  return sum(multiplied) + (config.vocab_size * config.width if config.tied else 0)
+
+
+def sft_flops(config, B, T):
+  """FLOPs of an SFT step on B sequences of T tokens: 6 a weight and token, and 12 L N H T a token of attention."""
   attention = 12 * config.layers * config.query_heads * config.head_width * T
-  return B * T * (6 * weights + attention)
+  return B * T * (6 * _product_weights(config) + attention)
 
 
 def peak_memory(mesh):
@@ -351,14 +397,23 @@ def run(bench):
   config = preset(bench.preset, dtype=bench.dtype)
   setting = Setting(make_runner(bench.mesh), LanguageModel(config), ScalarModel(config), bench.batch)
   check(bench, setting)
-  results = describe(bench, setting) | {'ceiling': ceiling(setting, bench.repeats), 'workloads': {}}
+  top = ceiling(setting, bench.repeats) | {'gigabytes': bandwidth(setting, bench.repeats)}
+  results, sizes = describe(bench, setting) | {'ceiling': top, 'workloads': {}}, bench.batch
   for name in bench.only:
     print(f'{name} ...', file=sys.stderr, flush=True)
-    results['workloads'][name] = measure(WORKLOADS[name](setting), bench.repeats)
+    if name == 'memory':
+      results['memory'] = memory(setting)
+    else:
+      results['workloads'][name] = measure(WORKLOADS[name](setting), bench.repeats)
   if 'sft' in bench.only:
     found = results['workloads']['sft']
-    found['gflops'] = sft_flops(config, bench.batch.sft_rows, bench.batch.tokens) / found['seconds']['median'] / 1e9
-    found['ceiling_share'] = found['gflops'] / results['ceiling']['gflops']['median']
+    found['gflops'] = sft_flops(config, sizes.sft_rows, sizes.tokens) / found['seconds']['median'] / 1e9
+    found['ceiling_share'] = found['gflops'] / top['gflops']['median']
+  if 'generate' in bench.only:
+    found = results['workloads']['generate']
+    moved = decode_bytes(config, sizes.generate_prompts, sizes.prompt_tokens, sizes.new_tokens)
+    found['gigabytes'] = moved / found['seconds']['median'] / 1e9
+    found['ceiling_share'] = found['gigabytes'] / top['gigabytes']['median']
   return results | {'peak_memory': peak_memory(setting.runner.mesh)}
 
 
@@ -414,16 +469,23 @@ def describe(bench, setting):
 
 # ---- what is shown
 
+_OF = 'rate, of ceiling'
+
+
 def show(results, console=None):
   """Prints the results as a table: a row a workload, and one for each of its programs where there are several."""
   model, machine, peaks = results['model'], results['machine'], results['peak_memory']
   square = f'matrix product, {results["ceiling"]["side"]} square'
-  rows = {square: {'GFLOP/s': _span(results['ceiling']['gflops'])}}
+  rows = {square: {_OF: f'{_span(results["ceiling"]["gflops"])} GFLOP/s'},
+          'reading memory': {_OF: f'{_span(results["ceiling"]["gigabytes"])} GB/s'}}
   for found in results['workloads'].values():
     rows |= _rows(found)
-  columns = ('per second', 'seconds', 'compile s', 'MiB', 'GFLOP/s')
+  for name, size in results.get('memory', {}).items():
+    sizes = results['batch']
+    rows[f'{sizes["memory_rows"]} x {sizes["memory_tokens"]}, V {sizes["memory_vocabulary"]}: {name}'] = {'MiB': _mib(size)}
+  columns = ('per second', 'seconds', 'compile s', 'MiB', _OF)
   console = console or rich.console.Console()
-  console = console if console.width >= 128 else rich.console.Console(file=console.file, width=128)
+  console = console if console.width >= 144 else rich.console.Console(file=console.file, width=144)
   mesh = ' x '.join(f'{axis} {size}' for axis, size in results['mesh'].items() if axis != 'runner')
   report.print_table(
     {column: {row: values.get(column) for row, values in rows.items()} for column in columns},
@@ -440,8 +502,9 @@ def _rows(found):
   sizes = [part['memory_bytes'] for part in parts if part['memory_bytes'] is not None]
   whole = {'per second': f'{_span(found["units_per_second"])} {found["unit"]}', 'seconds': _span(found['seconds']),
            'compile s': f'{sum(part["compile_seconds"] for part in parts):.1f}', 'MiB': _mib(max(sizes, default=None))}
-  if 'gflops' in found:
-    whole['GFLOP/s'] = f'{found["gflops"]:.3g}, {found["ceiling_share"]:.0%}'
+  for name, unit in (('gflops', 'GFLOP/s'), ('gigabytes', 'GB/s')):
+    if name in found:
+      whole[_OF] = f'{found[name]:.3g} {unit}, {found["ceiling_share"]:.0%}'
   rows = {found['title']: whole}
   if len(found['parts']) > 1:
     rows |= {f'  {name}': {'seconds': _span(part['seconds']), 'compile s': f'{part["compile_seconds"]:.1f}',

@@ -37,11 +37,11 @@ class Quickstart(Experiment):
 EXPERIMENT = Quickstart(
   preset='micro',
   data=DataConfig(limits=Limits(prompt_tokens=18, response_tokens=28)),
-  sft=SFTConfig(steps=1300, batch_size=64, evaluate_every=650, checkpoint_every=260,
+  sft=SFTConfig(steps=1300, batch_size=34, packed=True, evaluate_every=650, checkpoint_every=260,
                 optimizer=OptimizerConfig(learning_rate=3e-3, schedule='cosine', warmup_steps=20)),
   reward=RewardConfig(steps=550, batch_size=32, evaluate_every=275, checkpoint_every=100,
                       optimizer=OptimizerConfig(learning_rate=7e-4, schedule='cosine', warmup_steps=20)),
-  ppo=PPOConfig(iterations=45, batch_size=128, kl_weight=0.27, held_out_answers=16, checkpoint_every=10,
+  ppo=PPOConfig(iterations=45, batch_size=128, slots=256, kl_weight=0.27, held_out_answers=16, checkpoint_every=10,
                 optimizer=OptimizerConfig(learning_rate=2e-4, schedule='linear', epsilon=1e-5)),
 )
 

@@ -103,7 +103,7 @@ def prepare(experiment, make_task, directory):
   """The Run of an experiment: task, tokenizer, models and devices, checked against each other."""
   task = make_task(experiment)
   pretrained, tokenizer_dir = None, directory / 'tokenizer'
-  runtime = {'dtype': experiment.dtype, 'remat': experiment.remat}
+  runtime = {'dtype': experiment.dtype, 'attention': experiment.attention, 'remat': experiment.remat}
   if experiment.pretrained is not None:
     model_config, pretrained = huggingface.load(experiment.pretrained, **runtime)
     tokenizer = load_tokenizer(experiment.pretrained)
@@ -126,10 +126,19 @@ def prepare(experiment, make_task, directory):
   check_vocabulary(tokenizer, policy=model_config, reward=reward_config)
   for size in (model_config, reward_config):
     check_length(size, experiment.data.limits.tokens)
+  _check_attention(experiment.attention)
   runner = make_runner(experiment.mesh)
   _check_answers(experiment.ppo, runner.batch_parts)
   return Run(experiment, task, tokenizer, runner, directory, LanguageModel(model_config), ScalarModel(reward_config),
              pretrained)
+
+
+def _check_attention(kernel):
+  """ConfigError where the devices are not those that a kernel is for."""
+  needed, found = {'cudnn': 'gpu', 'splash': 'tpu'}.get(kernel), jax.default_backend()
+  if needed not in (None, found):
+    raise ConfigError(f'--attention {kernel} is for a {needed.upper()}, but the devices here are {found.upper()}s. Use '
+                      '--attention xla.')
 
 
 def _check_answers(config, parts):

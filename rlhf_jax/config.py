@@ -87,6 +87,7 @@ class PPOConfig:
   iterations: int = 60  # rounds of answering and learning
   batch_size: int = 64  # prompts answered in an iteration
   slots: int | None = None  # answers written at a time, from a queue of the prompts; None: all at once
+  lengths: int = 1  # to how many different lengths prompts and answers are padded: more compute less, and compile more
   epochs: int = 4  # passes over an iteration's answers
   minibatches: int = 1  # updates in a pass
   microbatches: int = 1  # pieces that a minibatch is computed in
@@ -105,8 +106,8 @@ class PPOConfig:
   checkpoint_every: int = 10  # iterations between checkpoints
 
   def __post_init__(self):
-    _positive(self, 'iterations', 'batch_size', 'epochs', 'minibatches', 'microbatches', 'held_out_answers', 'samples_every',
-              'checkpoint_every', *(('slots',) if self.slots is not None else ()))
+    _positive(self, 'iterations', 'batch_size', 'lengths', 'epochs', 'minibatches', 'microbatches', 'held_out_answers',
+              'samples_every', 'checkpoint_every', *(('slots',) if self.slots is not None else ()))
     if self.temperature <= 0:
       raise ConfigError(f'PPO temperature={self.temperature}. It must be positive: greedy answers have no probability.')
 
@@ -119,6 +120,7 @@ class Experiment:
   pretrained: str | None = None  # Hugging Face directory or hub id to start from, instead of the preset
   reward_preset: str | None = None  # a reward model of another size, from scratch; None: on the SFT model's backbone
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and products
+  attention: Literal['xla', 'cudnn', 'splash'] = 'xla'  # xla: anywhere; cudnn: NVIDIA GPUs, in bfloat16; splash: TPUs
   remat: bool = False  # recompute blocks in the backward pass: less memory, more work
   mesh: MeshConfig = MeshConfig()
   data: DataConfig = DataConfig()

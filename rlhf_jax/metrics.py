@@ -173,7 +173,7 @@ class Progress:
   def __init__(self, name, *, total, start=0, console=None, every_s=10.0):
     self.name, self.total, self.every_s = name, total, every_s
     self._console = console or rich.console.Console()
-    self._step, self._line, self._printed_at = start, '', -math.inf
+    self._step, self._line, self._printed_at, self._began = start, '', -math.inf, time.monotonic()
     self._first = None                                   # (step, time) of the first update: compiling does not count
     self._bar = _bar(self._console) if self._console.is_terminal else None
     self._task = self._bar and self._bar.add_task(name, total=total, completed=start, line=f'{start}/{total}')
@@ -192,7 +192,9 @@ class Progress:
   def update(self, step, values, rate=None):
     """`step` steps are done. Shows {name: float} and `rate`, a pair like (9100, 'tokens/s')."""
     self._step, now = step, time.monotonic()
-    self._first = self._first or (step, now)
+    if self._first is None:
+      self._first = step, now
+      self.note(f'{self.name}: {now - self._began:.1f} s to the first step, compiling included')
     parts = [f'{step}/{self.total}', *(f'{name} {compact(value)}' for name, value in values.items())]
     parts += [f'{compact(rate[0])} {rate[1]}'] if rate else []
     self._line = '  '.join(parts + self._left(now))

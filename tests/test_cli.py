@@ -216,6 +216,9 @@ def test_sequences_longer_than_the_context(tmp_path):
   (('--stages', 'ppo'), 'CheckpointError: the stage sft is not finished'),
   (('--preset', 'nanoo'), "ConfigError: there is no model preset 'nanoo'. Choose one of: nano"),
   (('--mesh.runner', 'pmap', '--ppo.slots', '12'), 'ConfigError: --ppo.slots is 12, which does not divide over the 8 parts'),
+  (('--attention', 'splash'), '--attention splash is for a TPU, but the devices here are CPUs. Use --attention xla'),
+  (('--attention', 'cudnn', '--dtype', 'bfloat16'), 'ConfigError: --attention cudnn is for a GPU, but'),
+  (('--attention', 'cudnn'), "ConfigError: model attention='cudnn' with dtype='float32'"),
 ])
 def test_a_mistake_is_one_line_and_status_2(tmp_path, capsys, flags, match):
   with pytest.raises(SystemExit) as exit_:

@@ -285,6 +285,23 @@ def first_returns(made):
   return np.delete(np.array(made.return_BR[:, 0]), 4)
 
 
+def test_slots_that_no_answer_reaches_change_nothing(setting):
+  """What a stage may cut off: three more of them give the same lessons, with nothing in their place."""
+  models, params, frozen = setting
+  more = lambda x: jnp.pad(x, ((0, 0), (0, 3)))
+  made = rollout()
+  longer = made.replace(**{name: more(getattr(made, name)) for name in ('tokens_BT', 'valid_BT', 'logprob_BR', 'mask_BR')})
+  look_back = lambda r: experience(models, params, frozen, r, ExperienceConfig(), temperature=TEMPERATURE,
+                                   kl_weight=KL_WEIGHT)
+  (short, short_metrics), (long, long_metrics) = jax.jit(look_back)(made), jax.jit(look_back)(longer)
+  for name in ('logprob_BR', 'value_BR', 'advantage_BR', 'return_BR'):
+    counts = np.asarray(short.value_mask_BR if name != 'logprob_BR' else short.mask_BR)
+    np.testing.assert_allclose(getattr(long, name)[:, :R][counts], getattr(short, name)[counts], atol=1e-5, err_msg=name)
+  assert not long.mask_BR[:, R:].any() and not long.value_mask_BR[:, R:].any()
+  for name, metric in short_metrics.items():
+    np.testing.assert_allclose(long_metrics[name].value(), metric.value(), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_scores_are_never_rounded_to_integers(setting):
   made, metrics = of_extras(setting, jnp.full(B, 0.7))
   np.testing.assert_allclose(first_returns(made), 0.7, atol=1e-6)

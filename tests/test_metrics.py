@@ -160,7 +160,8 @@ def test_lines_without_a_terminal(capsys):
     for step in range(111, 201):
       progress.update(step, {'loss': 1.5})                                     # too soon to be printed
     progress.note('sampled [bold]40[/] responses')
-  first, note, last = capsys.readouterr().out.splitlines()
+  began, first, note, last = capsys.readouterr().out.splitlines()
+  assert re.fullmatch(r'sft: 0\.\d s to the first step, compiling included', began)
   assert first == ('sft  110/300  loss 2.31  a_metric_with_a_rather_long_name 1e-05  another_of_some_length 0.5  '
                    '9.12k tokens/s')
   assert note == 'sampled [bold]40[/] responses'
@@ -175,16 +176,17 @@ def test_each_line_is_printed_once():
   assert re.findall(r'ppo  (\d)/3', console.file.getvalue()) == ['1', '2', '3']
   with Progress('ppo', total=3, start=3, console=console):
     pass                                                                       # nothing left to do: nothing to say
-  assert console.file.getvalue().count('ppo') == 3
+  assert console.file.getvalue().count('ppo  ') == 3
 
 
 def test_time_left_does_not_count_compiling(monkeypatch):
-  console, clock = _console(), iter([1000.0, 1002.0, 1030.0])
+  console, clock = _console(), iter([990.0, 1000.0, 1002.0, 1030.0])
   monkeypatch.setattr('rlhf_jax.metrics.time.monotonic', lambda: next(clock))
   with Progress('sft', total=4003, console=console, every_s=0) as progress:
     for step in (1, 2, 16):
       progress.update(step, {})
   assert re.findall(r'\d:\d\d:\d\d left', console.file.getvalue()) == ['2:13:22 left', '2:12:54 left']
+  assert 'sft: 10.0 s to the first step, compiling included' in console.file.getvalue()
 
 
 def test_a_live_line_on_a_terminal():

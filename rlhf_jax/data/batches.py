@@ -98,11 +98,12 @@ def comparison_batches(rows, *, batch_size, length, seed, part=(0, 1)):
   return Batches(rows, lengths, collate, batch_size, bucket_lengths(length), seed, part)
 
 
-def prompt_batches(rows, *, batch_size, length, seed, part=(0, 1)):
-  """Batches of left-padded Prompts, all of one length; sample numbers count through the whole batch."""
+def prompt_batches(rows, *, batch_size, length, seed, lengths=1, part=(0, 1)):
+  """Batches of left-padded Prompts, bucketed to so many lengths; sample numbers count through the whole batch."""
   first = part[0] * (batch_size // part[1])
   collate = functools.partial(collate_prompts, first_sample=first)
-  return Batches(rows, [length] * len(rows), collate, batch_size, (length,), seed, part)
+  needed = [len(row.ids) for row in rows]
+  return Batches(rows, needed, collate, batch_size, bucket_lengths(length, lengths), seed, part)
 
 
 def collate_demonstrations(rows, length):

@@ -10,8 +10,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.model.kernels import cudnn_attention, splash_attention
+
 _MASKED = -1e30
 _LOWEST = -1e29  # largest score of a query that sees nothing: above _MASKED, so that all its weights are 0, not NaN
+KERNELS = {'cudnn': cudnn_attention, 'splash': splash_attention}
 _QUERIES_A_PIECE = 128  # whose scores exist at a time; keys after the last of them are never read
 
 
@@ -101,15 +104,19 @@ class Seen:
   seen_BTS: jax.Array
 
 
-def attend(q_BTNH, k_BKSH, v_BKSH, sees):
+def attend(q_BTNH, k_BKSH, v_BKSH, sees, kernel='xla'):
   """Softmax attention, N/K query heads to a key/value head; scores and softmax in float32; [B, T, N, H].
 
   A query that sees nothing gets 0. `Causal` attention goes through the queries piece by piece: each reads only the keys
-  up to its last query, and its scores are made again in the backward pass instead of being kept.
+  up to its last query and, where there are several, its scores are made again in the backward pass instead of being
+  kept. Or `kernel` names one of `KERNELS`, which does the same for an accelerator.
   """
   if isinstance(sees, Seen):
     return _weighted(q_BTNH, k_BKSH, v_BKSH, sees.seen_BTS)
-  pieces, T, weighted = [], q_BTNH.shape[1], jax.checkpoint(_weighted)
+  if kernel in KERNELS:
+    return KERNELS[kernel](q_BTNH, k_BKSH, v_BKSH, sees)
+  pieces, T = [], q_BTNH.shape[1]
+  weighted = jax.checkpoint(_weighted) if T > _QUERIES_A_PIECE else _weighted
   for first in range(0, T, _QUERIES_A_PIECE):
     last = min(first + _QUERIES_A_PIECE, T)
     queries = slice(sees.start + first, sees.start + last)

@@ -54,6 +54,7 @@ class ModelConfig:
   tied: bool = False  # the unembedding is the embedding
   window: int | None = None  # tokens that a query sees, itself included; None is all before it
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and products; parameters are always float32
+  attention: Literal['xla', 'cudnn', 'splash'] = 'xla'  # xla: anywhere; cudnn: NVIDIA GPUs, in bfloat16; splash: TPUs
   remat: bool = False  # recompute each block in the backward pass: less memory, about a third more work
   scan_layers: bool = False  # one compiled block for all layers: faster to compile when deep, slower to run when small
   tokens_per_chunk: int = 1024  # tokens that a device unembeds at once when log-probabilities are taken
@@ -64,6 +65,8 @@ class ModelConfig:
                  'context_length', 'tokens_per_chunk'):
       if getattr(self, name) < 1:
         raise ConfigError(f'model {name}={getattr(self, name)}. It must be at least 1.')
+    if self.attention == 'cudnn' and self.dtype != 'bfloat16':
+      raise ConfigError(f"model attention='cudnn' with dtype={self.dtype!r}. The kernel needs dtype 'bfloat16'.")
     if self.query_heads % self.kv_heads:
       raise ConfigError(f'model query_heads={self.query_heads} is not a multiple of kv_heads={self.kv_heads}. '
                         'Each key/value head serves the same number of query heads.')

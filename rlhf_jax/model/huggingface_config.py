@@ -13,7 +13,8 @@ from rlhf_jax.errors import ConfigError
 from rlhf_jax.model.config import ModelConfig, RopeScaling
 
 KINDS = ('language', 'scalar')
-RUNTIME_FIELDS = ('dtype', 'remat', 'scan_layers', 'tokens_per_chunk')  # of ModelConfig: how it runs, not what it is
+# Of ModelConfig: how it runs, not what it is.
+RUNTIME_FIELDS = ('dtype', 'attention', 'remat', 'scan_layers', 'tokens_per_chunk')
 DTYPES = ('float32', 'bfloat16')
 
 

@@ -95,3 +95,15 @@ def constrain(x, letters):
       raise ShardingError(f'{size} sequences at a time, which the {parts} devices of the mesh axes data x fsdp do not '
                           'divide. Choose a batch size that they divide after the cut into minibatches and microbatches.')
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*(RULES['B'] if letter == 'B' else None for letter in letters)))
+
+
+def by_device(fn, inputs, output):
+  """fn of arrays with the letters `inputs`, where each device of a data x fsdp x tensor mesh computes its own part alone.
+
+  For kernels that XLA cannot cut. fn itself without such a mesh.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not set(RULES['B']) <= set(mesh.axis_names):
+    return fn
+  cut = lambda letters: PartitionSpec(*(RULES[letter] for letter in letters))
+  return jax.shard_map(fn, in_specs=tuple(map(cut, inputs)), out_specs=cut(output), check_vma=False)

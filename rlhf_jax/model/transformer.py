@@ -92,7 +92,8 @@ class Block(nn.Module):
       k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     else:
       cache = k_BKSH, v_BKSH = write(cache, k_BTKH, v_BTKH, slot)
-    out_BTD = project(attend(q_BTNH, k_BKSH, v_BKSH, _of_chosen(sees, wanted)), weight('o_NHD'), contracted=2)
+    out_BTD = project(attend(q_BTNH, k_BKSH, v_BKSH, _of_chosen(sees, wanted), c.attention), weight('o_NHD'),
+                      contracted=2)
     return (out_BTD + weight('o_bias_D') if c.output_bias else out_BTD), cache
 
   def _feedforward(self, y_BTD):

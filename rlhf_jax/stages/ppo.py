@@ -73,7 +73,7 @@ def train(run):
   rows, skipped = encode.prompts(run.task.prompts[0], run.tokenizer, limits)
   run.say_skipped(NAME, skipped, len(rows))
   source = batches.prompt_batches(rows, batch_size=config.batch_size, length=limits.prompt_tokens, seed=experiment.seed,
-                                  part=(jax.process_index(), jax.process_count()))
+                                  lengths=config.lengths, part=(jax.process_index(), jax.process_count()))
   make = lambda: init_state(_start(run), optimizer)
   with Checkpoints(run.checkpoints(NAME)) as checkpoints, run.log(NAME) as log:
     start = checkpoints.latest()
@@ -125,6 +125,7 @@ def _iterate(run, programs, state, frozen, prompts, key, kl_weight):
   began = time.monotonic()
   answer_key, learn_key = jax.random.split(key)
   rollout = jax.block_until_ready(programs.answer(state.params['policy'], prompts, answer_key))
+  rollout = _trimmed(rollout, run.experiment.ppo.lengths)
   answered = time.monotonic()
   extra_score_B, by_name = _extra_scores(run, rollout)
   lessons, looked = jax.block_until_ready(
@@ -139,6 +140,15 @@ def _iterate(run, programs, state, frozen, prompts, key, kl_weight):
   known |= {'seconds_generate': answered - began, 'seconds_score': scored - answered,
             'seconds_update': finished - scored, 'response_tokens_per_second': tokens / (finished - began)}
   return state, known, rollout
+
+
+def _trimmed(rollout, lengths):
+  """The rollout without the response slots that no answer reaches, cut to one of so many lengths."""
+  R = rollout.mask_BR.shape[1]
+  longest = int(rollout.mask_BR.sum(1).max()) if lengths > 1 else R
+  cut = R - next(length for length in batches.bucket_lengths(R, lengths) if length >= longest)
+  names = ('tokens_BT', 'valid_BT', 'logprob_BR', 'mask_BR') if cut else ()
+  return rollout.replace(**{name: getattr(rollout, name)[:, :-cut] for name in names})
 
 
 def _looked(looked):

@@ -182,3 +182,13 @@ def test_a_row_longer_than_the_longest_bucket_is_refused():
   rows = [Row([5] * n, [True] * n) for n in (3, 13, 4)]
   with pytest.raises(DataError, match='a row of 13 tokens, but batches are 12 long'):
     b.demonstration_batches(rows, batch_size=1, length=12, seed=0)
+
+
+def test_prompts_of_a_batch_are_padded_to_one_of_so_many_lengths():
+  source = b.prompt_batches(rows(), batch_size=4, length=LENGTH, seed=1, lengths=3)
+  seen = [source[step] for step in range(source.per_epoch)]
+  assert len({batch.tokens_BP.shape[1] for batch in seen}) > 1
+  for batch in seen:
+    P = batch.tokens_BP.shape[1]
+    assert P in b.bucket_lengths(LENGTH, 3)
+    assert batch.valid_BP.sum(1).max() <= P

@@ -19,7 +19,7 @@ from rlhf_jax.records import Demonstrations
 
 SIZES = bench.BatchConfig(sft_rows=8, reward_pairs=8, tokens=12, generate_prompts=4, ppo_prompts=8, prompt_tokens=5,
                           new_tokens=6, epochs=2, minibatches=2, queue_prompts=24, slots=8, queue_new_tokens=9,
-                          queue_mean_tokens=4)
+                          queue_mean_tokens=4, memory_rows=8, memory_tokens=1024, memory_vocabulary=16384)
 FLAGS = ('--preset', 'nano', *(word for name, size in vars(SIZES).items()
                                for word in (f'--batch.{name.replace("_", "-")}', str(size))))
 UNITS = {'sft': ('tokens', 8 * 12), 'reward': ('pairs', 8), 'generate': ('tokens', 4 * 6), 'ppo': ('prompts', 8)}
@@ -109,6 +109,19 @@ def test_flops_are_six_a_weight_and_token_and_those_of_attention():
   assert bench.sft_flops(preset('gpt2'), 2, 64) == 2 * 64 * (6 * tied + 12 * 12 * 768 * 64)
 
 
+def test_bytes_are_those_of_weights_and_of_the_cache_so_far():
+  block = 4 * 256 * 256 + 3 * 256 * 688
+  weights, cache = 4 * block + 256 * 4096, 2 * 4 * 4 * 64 * 3 * (10 + 11)        # two tokens of 3 sequences after 10
+  assert bench.decode_bytes(preset('small'), 3, 10, 2) == 4 * (2 * weights + cache)
+  assert bench.decode_bytes(preset('small', dtype='bfloat16'), 3, 10, 2) == 2 * (2 * weights + cache)
+
+
+def test_chunks_of_logits_take_under_a_third_of_the_memory(capsys):
+  found = bench.memory(bench.Setting(runners.single(), *tiny.models('llama'), SIZES))
+  assert found['at once'] > 2 * 4 * 8 * 1024 * 16384                                # the logits, several times over
+  assert found['in chunks'] < found['at once'] / 3
+
+
 def test_flops_agree_with_the_compiler():
   """XLA also counts what is no product: a little more."""
   config = preset('nano')
@@ -122,7 +135,7 @@ def test_flops_agree_with_the_compiler():
 # ---- whole runs
 
 @pytest.mark.parametrize('runner, only', [
-  ('single', ('sft', 'generate', 'queue', 'waves')), ('sharded', ('sft', 'ppo')), ('pmap', ('reward',))])
+  ('single', ('sft', 'generate', 'queue', 'waves', 'memory')), ('sharded', ('sft', 'ppo')), ('pmap', ('reward',))])
 def test_a_run_from_the_command_line(runner, only, tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(PRESETS, 'nano', preset('nano', layers=1))                 # half the time to compile
   mesh = {'single': {'data': 1}, 'sharded': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'pmap': {'data': 8}}[runner]
@@ -136,7 +149,8 @@ def test_a_run_from_the_command_line(runner, only, tmp_path, capsys, monkeypatch
 
 
 def check_context(results, runner, mesh):
-  assert list(results) == ['versions', 'machine', 'model', 'mesh', 'batch', 'repeats', 'ceiling', 'workloads', 'peak_memory']
+  assert [name for name in results if name != 'memory'] == [
+    'versions', 'machine', 'model', 'mesh', 'batch', 'repeats', 'ceiling', 'workloads', 'peak_memory']
   assert set(results['versions']) == {'python', 'jax', 'jaxlib'} and results['versions']['jax'] == jax.__version__
   assert results['mesh'] == {'runner': runner, **mesh}
   assert set(results['machine']) == {'platform', 'device_kind', 'devices', 'cores'} and results['machine']['cores'] > 0
@@ -150,7 +164,8 @@ def check_numbers(results, only):
   said = {name: (found['unit'], found['units']) for name, found in results['workloads'].items()}
   assert {name: units for name, units in said.items() if name in UNITS} == {
     name: UNITS[name] for name in only if name in UNITS}
-  assert said.get('queue') == said.get('waves') and list(said) == list(only)     # the same answers both ways
+  assert said.get('queue') == said.get('waves') and list(said) == [name for name in only if name != 'memory']
+  assert ('memory' in results) == ('memory' in only)
   for name, found in results['workloads'].items():
     seconds, rate = found['seconds'], found['units_per_second']
     assert 0 < seconds['min'] <= seconds['median'] <= seconds['max']
@@ -160,6 +175,11 @@ def check_numbers(results, only):
     assert sum(part['seconds']['median'] for part in found['parts'].values()) == pytest.approx(seconds['median'])
   top, found = results['ceiling'], results['workloads'].get('sft')
   assert top['gflops']['min'] > 0 and top['side'] % 128 == 0
+  assert top['gigabytes']['min'] > 0
+  written = results['workloads'].get('generate')
+  if written:
+    moved = bench.decode_bytes(preset('nano'), 4, 5, 6)
+    assert written['gigabytes'] == pytest.approx(moved / written['seconds']['median'] / 1e9)
   if found:
     assert found['gflops'] == pytest.approx(bench.sft_flops(preset('nano'), 8, 12) / found['seconds']['median'] / 1e9)
     assert found['ceiling_share'] == pytest.approx(found['gflops'] / top['gflops']['median'])

@@ -10,6 +10,8 @@ import pytest
 import tiny
 from families import FAMILIES
 
+from rlhf_jax import runners
+from rlhf_jax.errors import ConfigError
 from rlhf_jax.model import forward
 from rlhf_jax.model.attention import Causal, Seen, attend
 from rlhf_jax.model.heads import LanguageModel, initial_params
@@ -103,3 +105,44 @@ def test_wanted_tokens_are_those_of_the_whole(family, changes):
   slot_B = np.array([8, 3, 7])
   some = jax.jit(lambda slot_B: forward.hidden(model, params, tokens_BT, valid_BT, wanted=slot_B))(slot_B)
   np.testing.assert_allclose(np.asarray(some)[:, 0], whole[np.arange(3), slot_B], atol=2e-6)
+
+
+# ---- kernels of accelerators
+
+@pytest.mark.parametrize('window, start', [(None, 0), (150, 0), (None, 170)])
+def test_the_tpu_kernel_in_its_interpreter_is_attention(window, start):
+  """300 tokens fill neither two blocks nor three; queries begin in the middle of one."""
+  given, causal = arrays(), Causal(jnp.array(SEGMENT_BT), window, start)
+  weight_BTNH = jnp.array(RNG.normal(size=(B, T - start, N, H)), jnp.float32)
+
+  def answer_and_gradient(kernel):
+    fn = lambda q, k, v: attend(q[:, start:], k, v, causal, kernel)
+    total = lambda *xs: (fn(*xs) * weight_BTNH).sum()
+    return jax.jit(fn)(*given), *jax.jit(jax.grad(total, (0, 1, 2)))(*given)
+  for got, expected in zip(answer_and_gradient('splash'), answer_and_gradient('xla'), strict=True):
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_the_tpu_kernel_does_its_part_on_every_device_of_a_mesh():
+  given, causal = arrays(), Causal(jnp.array(SEGMENT_BT))
+  given, causal = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), (given, causal))  # four rows
+  runner = runners.sharded(data=2, fsdp=2, tensor=2)
+  run = runner.compile(lambda q, k, v, sees: {'out_BTNH': attend(q['q_BTNH'], k['k_BKSH'], v['v_BKSH'], sees, 'splash')},
+                       inputs=('batch',) * 4, outputs='batch')
+  got = run({'q_BTNH': given[0]}, {'k_BKSH': given[1]}, {'v_BKSH': given[2]}, causal)['out_BTNH']
+  np.testing.assert_allclose(runner.fetch(got), attend(*given, causal), atol=2e-5)
+
+
+def test_a_model_computes_the_same_with_the_tpu_kernel():
+  model = LanguageModel(FAMILIES['mistral'])
+  params = jax.jit(initial_params, static_argnums=0)(model, jax.random.key(0))
+  tokens_BT, valid_BT = tiny.pad([RNG.integers(0, 19, n) for n in (9, 4)], ['left', 'right'], 12)
+  logprobs = lambda m: jax.jit(lambda p: forward.next_logprobs(m, p, tokens_BT, valid_BT, start=4)[0])(params)
+  splash = LanguageModel(dataclasses.replace(model.config, attention='splash'))
+  counts = np.asarray(valid_BT)[:, 4:] & np.asarray(valid_BT)[:, 3:-1]
+  np.testing.assert_allclose(logprobs(splash)[counts], logprobs(model)[counts], atol=1e-5)
+
+
+def test_kernels_that_cannot_run():
+  with pytest.raises(ConfigError, match=r"model attention='cudnn' with dtype='float32'\. The kernel needs dtype 'bfloat16'"):
+    dataclasses.replace(FAMILIES['llama'], attention='cudnn')

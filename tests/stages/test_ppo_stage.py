@@ -13,6 +13,7 @@ from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.errors import CheckpointError, ConfigError, DataError, DivergedError
 from rlhf_jax.maths.kl import adaptive_kl_weight
 from rlhf_jax.metrics import read_samples
+from rlhf_jax.records import Rollout
 from rlhf_jax.stages import ppo, reward, sft
 
 # At a constant rate the number of iterations is no part of the compiled programs, so most tests here share them.
@@ -202,6 +203,40 @@ def test_prompts_over_the_limit_are_skipped_and_counted_or_cut(finished, tmp_pat
   assert 'are longer' not in capsys.readouterr().out
   asked = ppo.compare(dataclasses.replace(run, task=dataclasses.replace(run.task, prompts=run.task.prompts[::-1])))[1]
   assert f"Want {'this ' * 20}?" in asked['PPO'][0]                               # whole, although the policy saw its end
+
+
+@pytest.mark.parametrize('longest, R', [(1, 2), (2, 2), (3, 4), (6, 6), (0, 2)])
+def test_slots_that_no_answer_reaches_are_cut_to_one_of_so_many_lengths(longest, R):
+  rng = np.random.default_rng(longest)
+  mask_BR = np.arange(6) < np.array([longest, min(longest, 1)])[:, None]
+  draw = lambda *shape: rng.integers(0, 9, shape)
+  whole = Rollout(tokens_BT=draw(2, 9), valid_BT=np.concatenate([np.ones((2, 3), bool), mask_BR], 1), logprob_BR=draw(2, 6),
+                  mask_BR=mask_BR, ended_B=np.ones(2, bool), sample_B=np.arange(2))
+  cut = ppo._trimmed(whole, 3)
+  for name, x in vars(cut).items():
+    np.testing.assert_array_equal(x, getattr(whole, name)[:, :3 + R if name.endswith('T') else R] if x.ndim == 2
+                                  else getattr(whole, name))
+  assert cut.mask_BR.shape == (2, R)
+  assert ppo._trimmed(whole, 1).mask_BR.shape == (2, 6)
+
+
+def test_a_run_with_several_lengths(finished, tmp_path):
+  run = trained(finished, tmp_path, settings=QUICK | {'ppo__lengths': 2})
+  rows = timeless(run.stage('ppo'))
+  assert rows[0]['kl_nats_per_sequence'] == 0 and rows[0]['first_ratio'] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_run_compiles_each_program_once(finished, tmp_path):
+  """Iterations after the first find all their programs compiled."""
+  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft', 'reward'), settings={'ppo__samples_every': 100})
+  compiled, at_iteration = [], []
+  listen = lambda event, seconds, **more: compiled.append(event) if event.endswith('backend_compile_duration') else None
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ppo, '_check_facts', lambda *args: at_iteration.append(len(compiled)))  # called once an iteration
+    ppo.train(run)
+  jax.monitoring.clear_event_listeners()
+  assert at_iteration[0] >= 3 and at_iteration == [at_iteration[0]] * 4
 
 # ---- other ways to run it
 

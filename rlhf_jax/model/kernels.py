@@ -1,0 +1,61 @@
+"""Attention kernels of accelerators, which never write the scores to memory: cuDNN's on NVIDIA GPUs, splash on TPUs.
+
+Both answer what `attention.attend` answers for a `Causal`, and are chosen by `ModelConfig.attention`. Decoding, one query
+against a cache, needs neither. No kernel has been run on the hardware that it is for. Where there is no TPU, splash runs
+in an interpreter: slow, and for tests.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from rlhf_jax.model.partition import by_device
+
+_LANES = 128  # splash works in blocks of so many tokens
+
+
+def cudnn_attention(q_BTNH, k_BKSH, v_BKSH, causal):
+  """cuDNN's fused attention, in bfloat16; raises RuntimeError where there is no cuDNN."""
+  T, S = q_BTNH.shape[1], k_BKSH.shape[2]
+  seen_BTS = causal.seen(slice(0, S), slice(causal.start, causal.start + T))
+  out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), mask=seen_BTS[:, None],
+                                          implementation='cudnn')
+  return _of_tokens(out_BTNH, causal)
+
+
+def splash_attention(q_BTNH, k_BKSH, v_BKSH, causal):
+  """The TPU's splash attention. On a data x fsdp x tensor mesh each device does its own sequences and heads."""
+  T, S = q_BTNH.shape[1], k_BKSH.shape[2]
+  more_T = -T % _LANES
+  after = causal.start + T + more_T                                  # queries end here, and each must see its own key
+  more_S = after + -after % _LANES - S
+  longer = lambda x, more, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+  q_BNTH = longer((q_BTNH * q_BTNH.shape[-1] ** -0.5).swapaxes(1, 2), more_T, 2)
+  k_BKSH, v_BKSH = longer(k_BKSH, more_S, 2), longer(v_BKSH, more_S, 2)
+  segment_BT = longer(causal.segment_BT, more_S, 1)                  # what is added is padding, which sees padding
+  run = by_device(functools.partial(_splash, causal.window, causal.start), ('BNTH', 'BKSH', 'BKSH', 'BT', 'BS'), 'BNTH')
+  out_BNTH = run(q_BNTH, k_BKSH, v_BKSH, segment_BT[:, causal.start:after], segment_BT)
+  return _of_tokens(out_BNTH.swapaxes(1, 2)[:, :T], causal)
+
+
+def _splash(window, start, q_BNTH, k_BKSH, v_BKSH, query_segment_BT, key_segment_BS):
+  N, T, S = q_BNTH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2]
+  if window is None:
+    mask = splash.CausalMask((T, S), offset=start)
+  else:
+    mask = splash.LocalMask((T, S), (window - 1, 0), offset=start)
+  segments = splash.SegmentIds(query_segment_BT, key_segment_BS)
+
+  def attention(interpret, *args):
+    kernel = splash.make_splash_mha(splash.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1, interpret=interpret)
+    return jax.vmap(kernel)(*args)
+  return jax.lax.platform_dependent(q_BNTH, k_BKSH, v_BKSH, segments, tpu=functools.partial(attention, False),
+                                    default=functools.partial(attention, True))
+
+
+def _of_tokens(out_BTNH, causal):
+  """The output with 0 for padding, which in these kernels sees other padding."""
+  T = out_BTNH.shape[1]
+  return jnp.where(causal.segment_BT[:, causal.start:causal.start + T, None, None] > 0, out_BTNH, 0)
