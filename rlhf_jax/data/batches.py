@@ -101,7 +101,7 @@ def comparison_batches(rows, *, batch_size, length, seed, part=(0, 1)):
 def prompt_batches(rows, *, batch_size, length, seed, lengths=1, part=(0, 1)):
   """Batches of left-padded Prompts, bucketed to so many lengths; sample numbers count through the whole batch."""
   first = part[0] * (batch_size // part[1])
-  collate = functools.partial(collate_prompts, first_sample=first)
+  collate = lambda rows, length: collate_prompts(rows, length, range(first, first + len(rows)))
   needed = [len(row.ids) for row in rows]
   return Batches(rows, needed, collate, batch_size, bucket_lengths(length, lengths), seed, part)
 
@@ -125,10 +125,10 @@ def collate_comparisons(rows, length, candidates):
   return Comparisons(tokens_BCT, valid_BCT, rank_BC)
 
 
-def collate_prompts(rows, length, first_sample=0):
-  """Rows, left-padded to `length`, as Prompts."""
+def collate_prompts(rows, length, samples):
+  """Rows, left-padded to `length`, as Prompts with these sample numbers."""
   tokens_BP, valid_BP = pad_left([row.ids for row in rows], length, 0)
-  return Prompts(tokens_BP.astype(np.int32), valid_BP, np.arange(first_sample, first_sample + len(rows), dtype=np.int32))
+  return Prompts(tokens_BP.astype(np.int32), valid_BP, np.array(samples, np.int32))
 
 
 def pack(rows, length, seed, open_groups=32):

@@ -27,13 +27,19 @@ def compile_answer(run, slots=None):
                             inputs=('params', 'batch', 'same'), outputs='batch')
 
 
-def rollouts(run, answer, params, rows, key, batch_size):
-  """Rollouts of an answer to each encoded prompt, each with how many of its rows count: the last is filled up."""
-  for start in range(0, len(rows), batch_size):
-    some = rows[start:start + batch_size]
-    filled = some + [some[-1]] * (batch_size - len(some))
-    prompts = batches.collate_prompts(filled, run.experiment.data.limits.prompt_tokens, first_sample=start)
-    yield answer(params, prompts, key), len(some)
+def rollouts(run, answer, params, rows, key, batch_size, lengths=1):
+  """Rollouts of an answer to each encoded prompt, each with the numbers of its prompts; the last is filled up.
+
+  Prompts of about one length go together, padded to one of so many `lengths`. A prompt's number is its sample number, so
+  the order changes no answer.
+  """
+  order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+  buckets = batches.bucket_lengths(run.experiment.data.limits.prompt_tokens, lengths)
+  for start in range(0, len(order), batch_size):
+    chosen = order[start:start + batch_size]
+    filled = chosen + [chosen[-1]] * (batch_size - len(chosen))
+    length = next(length for length in buckets if length >= len(rows[chosen[-1]].ids))
+    yield answer(params, batches.collate_prompts([rows[i] for i in filled], length, filled), key), chosen
 
 
 def texts(run, rollout):
@@ -53,9 +59,10 @@ def compile_ask(run):
     if skipped:
       raise DataError(f'{skipped} of {len(examples)} prompts have more than {run.experiment.data.limits.prompt_tokens} '
                       'tokens. Raise --data.limits.prompt-tokens, or pass --data.limits.too-long truncate.')
-    rows, said = [row for row in rows for _ in range(samples)], []
-    at_once = slots * min(_WAVES, -(-len(rows) // slots))
-    for rollout, count in rollouts(run, answer, params, rows, jax.random.key(seed), at_once):
-      said += texts(run, rollout)[:count]
+    rows = [row for row in rows for _ in range(samples)]
+    at_once, said = slots * min(_WAVES, -(-len(rows) // slots)), [''] * len(rows)
+    for rollout, chosen in rollouts(run, answer, params, rows, jax.random.key(seed), at_once, run.experiment.ppo.lengths):
+      for i, text in zip(chosen, texts(run, rollout)):
+        said[i] = text
     return [said[i:i + samples] for i in range(0, len(said), samples)]
   return ask

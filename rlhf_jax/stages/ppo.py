@@ -251,10 +251,11 @@ def compare(run):
   rows = rows[:len(rows) // B * B] or [rows[i % len(rows)] for i in range(B)]    # whole batches, every answer counted once
   prompts, table, said = [row.asked for row in rows], {}, {}
   for name, params in (('SFT', trained | {'policy': frozen['reference']}), ('PPO', trained)):
-    responses, sums = [], None
+    responses, sums = [''] * len(rows), None
     key = jax.random.key(run.experiment.seed + 2)
-    for rollout, _ in rollouts(run, programs.answer, params['policy'], rows, key, B):
-      responses += texts(run, rollout)
+    for rollout, chosen in rollouts(run, programs.answer, params['policy'], rows, key, B):
+      for i, text in zip(chosen, texts(run, rollout)):
+        responses[i] = text
       extra_score_B, _ = _extra_scores(run, rollout)
       _, metrics = programs.look_back(params, frozen, rollout, jnp.float32(0), {'score_B': extra_score_B})
       metrics = run.runner.fetch(metrics)
