@@ -264,8 +264,7 @@ DONE_BY = {'sft': tuple(SIDES), 'reward': ('rlhf_jax', 'PyTorch'), 'generate': t
 def _begin(who, config, batch):
   """Makes this process one side."""
   global _side
-  if who == 'rlhf_jax':
-    prepare_process()
+  prepare_process()                                                              # freed memory stays, for every side
   _side = SIDES[who](config, batch)
 
 

@@ -41,6 +41,7 @@ EXPERIMENT = Quickstart(
                 optimizer=OptimizerConfig(learning_rate=3e-3, schedule='cosine', warmup_steps=20)),
   reward=RewardConfig(steps=550, batch_size=32, evaluate_every=275, checkpoint_every=100,
                       optimizer=OptimizerConfig(learning_rate=7e-4, schedule='cosine', warmup_steps=20)),
+  # The slots are for the answers that the labeller ranks; an iteration of PPO has fewer.
   ppo=PPOConfig(iterations=45, batch_size=128, slots=256, kl_weight=0.27, held_out_answers=16, checkpoint_every=10,
                 optimizer=OptimizerConfig(learning_rate=2e-4, schedule='linear', epsilon=1e-5)),
 )

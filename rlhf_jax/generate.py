@@ -25,8 +25,8 @@ from rlhf_jax.model.heads import prepare_to_decode, unembed_DV
 from rlhf_jax.model.partition import batch_parts, constrain
 from rlhf_jax.records import Prompts, Rollout
 
-# The cache grows up to so often on the way to the length limit, by this many tokens at least: less is read while answers
-# are short, more is compiled.
+# The cache grows in so many steps to the length limit, of about this many tokens at least: less is read while answers are
+# short, more is compiled.
 _RINGS, _RING_TOKENS = 4, 16
 _REFILLS = 4  # a refill waits until one slot in so many is free: fewer prefills, against slots that idle
 

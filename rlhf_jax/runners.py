@@ -1,7 +1,7 @@
 """How pure functions meet devices: on one, mapped over many (`pmap`), or sharded over a mesh (`jit`).
 
-The only file that knows of pmap and meshes. A function is written once, over the arrays that a device sees, and says for
-each argument and result which of three kinds it is: 'params' (parameters, optimizer state: laid out by the partition
+The only file that makes meshes and knows of pmap. A function is written once, over the arrays that a device sees, and says
+for each argument and result which of three kinds it is: 'params' (parameters, optimizer state: laid out by the partition
 rules), 'batch' (first axis B, split over devices), 'same' (keys, metrics: the same on every device). Between calls all
 arrays have their full, logical shape, whatever the runner.
 """

@@ -65,7 +65,7 @@ class Batches:
   def _epoch(self, epoch):
     """The batches of an epoch, (length, row numbers) each, in random order. What a bucket cannot fill goes to the next."""
     rng = np.random.default_rng((self.seed, epoch))
-    order, made, waiting, shorter = rng.permutation(len(self.rows)), [], [], 0
+    order, made, waiting, shorter = rng.permutation(len(self.rows)), [], [], -1
     needed = np.asarray(self.lengths)[order]
     for longest in self.buckets:
       waiting += list(order[(needed <= longest) & (needed > shorter)])

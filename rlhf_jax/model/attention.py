@@ -15,7 +15,9 @@ from rlhf_jax.model.kernels import cudnn_attention, splash_attention
 _MASKED = -1e30
 _LOWEST = -1e29  # largest score of a query that sees nothing: above _MASKED, so that all its weights are 0, not NaN
 KERNELS = {'cudnn': cudnn_attention, 'splash': splash_attention}
-_QUERIES_A_PIECE = 128  # whose scores exist at a time; keys after the last of them are never read
+# Queries whose scores exist at a time; keys after the last of them are never read. Long sequences have longer pieces, for
+# each is compiled.
+_QUERIES_A_PIECE, _MOST_PIECES = 128, 16
 
 
 def project(x, weight, contracted=1):
@@ -116,9 +118,10 @@ def attend(q_BTNH, k_BKSH, v_BKSH, sees, kernel='xla'):
   if kernel in KERNELS:
     return KERNELS[kernel](q_BTNH, k_BKSH, v_BKSH, sees)
   pieces, T = [], q_BTNH.shape[1]
-  weighted = jax.checkpoint(_weighted) if T > _QUERIES_A_PIECE else _weighted
-  for first in range(0, T, _QUERIES_A_PIECE):
-    last = min(first + _QUERIES_A_PIECE, T)
+  count = min(_MOST_PIECES, -(-T // _QUERIES_A_PIECE))
+  weighted, length = jax.checkpoint(_weighted) if count > 1 else _weighted, -(-T // count)
+  for first in range(0, T, length):
+    last = min(first + length, T)
     queries = slice(sees.start + first, sees.start + last)
     keys = slice(0 if sees.window is None else max(0, queries.start - sees.window + 1), queries.stop)
     pieces.append(weighted(q_BTNH[:, first:last], k_BKSH[:, :, keys], v_BKSH[:, :, keys], sees.seen(keys, queries)))
@@ -134,7 +137,8 @@ def _weighted(q_BTNH, k_BKSH, v_BKSH, seen_BTS):
   score = jnp.where(seen_BTS[:, None, None], score, _MASKED)
   largest = jax.lax.stop_gradient(jnp.maximum(score.max(-1, keepdims=True), _LOWEST))
   weight = jnp.exp(score - largest)
-  total = jnp.maximum(weight.sum(-1), 1e-30).reshape(B, K, G * T, 1)            # divided by last, where there is less of it
+  total = weight.sum(-1).reshape(B, K, G * T, 1)
+  total = jnp.where(total == 0, 1, total)                                       # of a query that sees nothing
   out = jnp.einsum('BKQS,BKSH->BKQH', weight.astype(v_BKSH.dtype).reshape(B, K, G * T, -1), v_BKSH,
                    preferred_element_type=jnp.float32) / total
   return out.astype(v_BKSH.dtype).reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -1,6 +1,6 @@
 """From parameters and tokens to what the losses need: hidden stream, log-probabilities, values, scores.
 
-Positions and masks are made here, once, from `valid`: padding may stand on either side and takes no position.
+Positions, and what each token sees, follow from `valid`: padding may stand on either side and takes no position.
 """
 
 import jax
@@ -67,7 +67,7 @@ def next_logprobs(model, params, tokens_BT, valid_BT, *, segment_BT=None, start=
 
 
 def values(model, params, tokens_BT, valid_BT):
-  """The scalar head at every position, float32 [B, T]."""
+  """The scalar head at every position, float32 [B, T]. For looking at and for tests: the losses need fewer positions."""
   return values_from_hidden(model, params, hidden(model, params, tokens_BT, valid_BT))
 
 

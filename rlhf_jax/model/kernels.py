@@ -1,8 +1,8 @@
-"""Attention kernels of accelerators, which never write the scores to memory: cuDNN's on NVIDIA GPUs, splash on TPUs.
+"""Attention kernels of accelerators, which hold no scores of all heads: cuDNN's on NVIDIA GPUs, splash on TPUs.
 
 Both answer what `attention.attend` answers for a `Causal`, and are chosen by `ModelConfig.attention`. Decoding, one query
 against a cache, needs neither. No kernel has been run on the hardware that it is for. Where there is no TPU, splash runs
-in an interpreter: slow, and for tests.
+in an interpreter: slow, and for tests. cuDNN takes who sees whom as an array [B, 1, T, S], one for all heads.
 """
 
 import functools
@@ -17,12 +17,13 @@ _LANES = 128  # splash works in blocks of so many tokens
 
 
 def cudnn_attention(q_BTNH, k_BKSH, v_BKSH, causal):
-  """cuDNN's fused attention, in bfloat16; raises RuntimeError where there is no cuDNN."""
+  """cuDNN's fused attention, in bfloat16; raises RuntimeError where there is no cuDNN. Its gradient needs even lengths."""
   T, S = q_BTNH.shape[1], k_BKSH.shape[2]
-  seen_BTS = causal.seen(slice(0, S), slice(causal.start, causal.start + T))
-  out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), mask=seen_BTS[:, None],
+  seen_BTS = _longer(_longer(causal.seen(slice(0, S), slice(causal.start, causal.start + T)), T % 2, 1), S % 2, 2)
+  k_BSKH, v_BSKH = (_longer(x.swapaxes(1, 2), S % 2, 1) for x in (k_BKSH, v_BKSH))
+  out_BTNH = jax.nn.dot_product_attention(_longer(q_BTNH, T % 2, 1), k_BSKH, v_BSKH, mask=seen_BTS[:, None],
                                           implementation='cudnn')
-  return _of_tokens(out_BTNH, causal)
+  return _of_tokens(out_BTNH[:, :T], causal)
 
 
 def splash_attention(q_BTNH, k_BKSH, v_BKSH, causal):
@@ -31,10 +32,9 @@ def splash_attention(q_BTNH, k_BKSH, v_BKSH, causal):
   more_T = -T % _LANES
   after = causal.start + T + more_T                                  # queries end here, and each must see its own key
   more_S = after + -after % _LANES - S
-  longer = lambda x, more, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
-  q_BNTH = longer((q_BTNH * q_BTNH.shape[-1] ** -0.5).swapaxes(1, 2), more_T, 2)
-  k_BKSH, v_BKSH = longer(k_BKSH, more_S, 2), longer(v_BKSH, more_S, 2)
-  segment_BT = longer(causal.segment_BT, more_S, 1)                  # what is added is padding, which sees padding
+  q_BNTH = _longer((q_BTNH * q_BTNH.shape[-1] ** -0.5).swapaxes(1, 2), more_T, 2)
+  k_BKSH, v_BKSH = _longer(k_BKSH, more_S, 2), _longer(v_BKSH, more_S, 2)
+  segment_BT = _longer(causal.segment_BT, more_S, 1)                  # what is added is padding, which sees padding
   run = by_device(functools.partial(_splash, causal.window, causal.start), ('BNTH', 'BKSH', 'BKSH', 'BT', 'BS'), 'BNTH')
   out_BNTH = run(q_BNTH, k_BKSH, v_BKSH, segment_BT[:, causal.start:after], segment_BT)
   return _of_tokens(out_BNTH.swapaxes(1, 2)[:, :T], causal)
@@ -55,7 +55,12 @@ def _splash(window, start, q_BNTH, k_BKSH, v_BKSH, query_segment_BT, key_segment
                                     default=functools.partial(attention, True))
 
 
+def _longer(x, more, axis):
+  """x with so many zeros after it along an axis."""
+  return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+
+
 def _of_tokens(out_BTNH, causal):
-  """The output with 0 for padding, which in these kernels sees other padding."""
+  """The output with 0 for padding, to which these kernels give something else."""
   T = out_BTNH.shape[1]
   return jnp.where(causal.segment_BT[:, causal.start:causal.start + T, None, None] > 0, out_BTNH, 0)

@@ -100,10 +100,20 @@ def constrain(x, letters):
 def by_device(fn, inputs, output):
   """fn of arrays with the letters `inputs`, where each device of a data x fsdp x tensor mesh computes its own part alone.
 
-  For kernels that XLA cannot cut. fn itself without such a mesh.
+  For attention kernels, which XLA cannot cut. fn itself without such a mesh; raises ShardingError for an axis that the
+  mesh does not divide.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if not set(RULES['B']) <= set(mesh.axis_names):
     return fn
   cut = lambda letters: PartitionSpec(*(RULES[letter] for letter in letters))
-  return jax.shard_map(fn, in_specs=tuple(map(cut, inputs)), out_specs=cut(output), check_vma=False)
+  mapped = jax.shard_map(fn, in_specs=tuple(map(cut, inputs)), out_specs=cut(output), check_vma=False)
+
+  def checked(*arrays):
+    for letter, size in ((letter, size) for letters, x in zip(inputs, arrays) for letter, size in zip(letters, x.shape)):
+      parts = _parts(RULES[letter], dict(mesh.shape))
+      if size % parts:
+        raise ShardingError(f'an attention kernel on {letter}={size}, which {parts} parts of the mesh do not divide. Use '
+                            'another mesh, or --attention xla.')
+    return mapped(*arrays)
+  return checked

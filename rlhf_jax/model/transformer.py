@@ -2,9 +2,10 @@
 
 A weight's name is its shape, its place in the checkpoint and its sharding. Blocks are stored stacked (`q_LDNH`) and run
 either unrolled, split once into layers (`q_DNH`), or as one scanned block; the numbers are the same. Heads are in
-`heads.py`, masks and positions in `forward.py`. Absent on purpose: dropout, which RLHF turns off.
+`heads.py`, positions in `forward.py`, what a token sees in `attention.py`. Absent on purpose: dropout, which RLHF turns off.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -111,9 +112,9 @@ class Transformer(nn.Module):
   """Token ids to the normalised stream after the last block, [B, T, D] in the compute dtype, and the cache.
 
   `sees` is a Causal, or a Seen whose keys are the slots of the cache. `wanted` says of which tokens the stream is wanted:
-  None for all, a number for the slots from there on, an array slot_B for one a row; the last block computes no others.
-  `blocks` among the parameters may also be what `split_layers` makes of it, which spares a decode loop the splitting at
-  every token.
+  None for all, a number for the slots from there on, an array slot_B for one a row. The last block computes no others,
+  unless blocks are scanned. `blocks` among the parameters may also be what `split_layers` makes of it, which spares a
+  decode loop the splitting at every token.
   """
   config: ModelConfig
 
@@ -170,7 +171,8 @@ def _without_L(name):
 def _initial_blocks(key, config):
   """Stacked parameters of all blocks, each layer drawn from a key of its own."""
   x_BTD, position_BT = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1), jnp.int32)
-  one = lambda k: Block(config).init(k, x_BTD, position_BT, Causal(jnp.ones((1, 1), jnp.int32)))['params']
+  plain = dataclasses.replace(config, attention='xla')                          # no kernel has to do with what is stored
+  one = lambda k: Block(plain).init(k, x_BTD, position_BT, Causal(jnp.ones((1, 1), jnp.int32)))['params']
   return {_with_L(name): stacked for name, stacked in jax.vmap(one)(jax.random.split(key, config.layers)).items()}
 
 
@@ -185,10 +187,10 @@ def _remat(config, wanted=None):
 
 
 def _unrolled(config, blocks, x_BTD, position_BT, sees, cache, slot, wanted):
-  written = []
+  make = _remat if cache is None else lambda *args: functools.partial(_apply_block, *args)
+  every, last, written = make(config, None), make(config, wanted), []
   for i, layer in enumerate(split_layers(blocks, config.layers)):
-    wanted_here = wanted if i == config.layers - 1 else None
-    apply = _remat(config, wanted_here) if cache is None else functools.partial(_apply_block, config, wanted_here)
+    apply = last if i == config.layers - 1 else every
     x_BTD, layer_cache = apply(layer, x_BTD, position_BT, sees, None if cache is None else cache[i], slot)
     written.append(layer_cache)
   return x_BTD, None if cache is None else tuple(written)

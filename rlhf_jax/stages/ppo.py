@@ -253,7 +253,8 @@ def compare(run):
   for name, params in (('SFT', trained | {'policy': frozen['reference']}), ('PPO', trained)):
     responses, sums = [''] * len(rows), None
     key = jax.random.key(run.experiment.seed + 2)
-    for rollout, chosen in rollouts(run, programs.answer, params['policy'], rows, key, B):
+    for rollout, chosen in rollouts(run, programs.answer, params['policy'], rows, key, B,
+                                    run.experiment.ppo.lengths):
       for i, text in zip(chosen, texts(run, rollout)):
         responses[i] = text
       extra_score_B, _ = _extra_scores(run, rollout)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny
 from families import FAMILIES
+from jax._src.cudnn import fused_attention_stablehlo
 
 from rlhf_jax import runners
-from rlhf_jax.errors import ConfigError
+from rlhf_jax.errors import ConfigError, ShardingError
 from rlhf_jax.model import forward
 from rlhf_jax.model.attention import Causal, Seen, attend
 from rlhf_jax.model.heads import LanguageModel, initial_params
@@ -109,7 +110,7 @@ def test_wanted_tokens_are_those_of_the_whole(family, changes):
 
 # ---- kernels of accelerators
 
-@pytest.mark.parametrize('window, start', [(None, 0), (150, 0), (None, 170)])
+@pytest.mark.parametrize('window, start', [(None, 0), (150, 0), (None, 170), (150, 170)])
 def test_the_tpu_kernel_in_its_interpreter_is_attention(window, start):
   """300 tokens fill neither two blocks nor three; queries begin in the middle of one."""
   given, causal = arrays(), Causal(jnp.array(SEGMENT_BT), window, start)
@@ -146,3 +147,23 @@ def test_a_model_computes_the_same_with_the_tpu_kernel():
 def test_kernels_that_cannot_run():
   with pytest.raises(ConfigError, match=r"model attention='cudnn' with dtype='float32'\. The kernel needs dtype 'bfloat16'"):
     dataclasses.replace(FAMILIES['llama'], attention='cudnn')
+
+
+@pytest.mark.parametrize('T', [9, 12])
+def test_the_gpu_kernel_accepts_what_it_is_given(T, monkeypatch):
+  """Shapes and types of the forward and backward pass, which are checked where cuDNN is believed to be there. Not run."""
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_compute_capability', lambda *args: True)
+  model = LanguageModel(tiny.config('llama', attention='cudnn', dtype='bfloat16', head_width=8))
+  params = jax.eval_shape(functools.partial(initial_params, model), jax.random.key(0))
+  tokens_BT, valid_BT = jax.ShapeDtypeStruct((2, T), jnp.int32), jax.ShapeDtypeStruct((2, T), jnp.bool_)
+  total = lambda p, tokens, valid: forward.next_logprobs(model, p, tokens, valid, start=5)[0].sum()
+  gradient = jax.make_jaxpr(jax.grad(total))(params, tokens_BT, valid_BT)
+  assert 'dot_product_attention_bwd' in str(gradient)
+
+
+def test_heads_that_the_mesh_does_not_divide_are_refused():
+  runner = runners.sharded(data=2, tensor=4)
+  q_BTNH, k_BKSH, v_BKSH = (x[:2] for x in arrays())                 # two key/value heads
+  with jax.set_mesh(runner.mesh), pytest.raises(ShardingError, match='an attention kernel on K=2, which 4 parts'):
+    jax.eval_shape(functools.partial(attend, kernel='splash'), q_BTNH, k_BKSH, v_BKSH, Causal(jnp.array(SEGMENT_BT[:2])))

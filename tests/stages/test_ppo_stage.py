@@ -221,7 +221,13 @@ def test_slots_that_no_answer_reaches_are_cut_to_one_of_so_many_lengths(longest,
 
 
 def test_a_run_with_several_lengths(finished, tmp_path):
-  run = trained(finished, tmp_path, settings=QUICK | {'ppo__lengths': 2})
+  """Prompts of 14 tokens at most are padded to fewer, and each says what it says in a run of one length."""
+  run, seen = prepare(copy(finished, tmp_path, 'tokenizer', 'sft', 'reward'), settings=QUICK | {'ppo__lengths': 14}), []
+  with pytest.MonkeyPatch.context() as patch:
+    trim = ppo._trimmed
+    patch.setattr(ppo, '_trimmed', lambda *args: seen.append(trim(*args)) or seen[-1])
+    ppo.train(run)
+  assert all(rollout.tokens_BT.shape[1] < 14 + 10 for rollout in seen)
   rows = timeless(run.stage('ppo'))
   assert rows[0]['kl_nats_per_sequence'] == 0 and rows[0]['first_ratio'] == pytest.approx(1, abs=1e-5)
 

@@ -1,0 +1,26 @@
+"""Answers to many prompts are those that each gets alone, in the order of the prompts."""
+
+import jax
+import pytest
+from small import prepare, prompt
+
+from rlhf_jax.data import batches, encode
+from rlhf_jax.stages.answers import compile_answer, compile_ask, texts
+from rlhf_jax.stages.sft import restore
+
+# Longest first, so that sorting by length turns the order around; one of 7 to a batch of 2 is left over.
+THINGS = ('a a a a a', 'a a a a', 'tea tea', 'a a', 'tea', 'jam', 'a')
+
+
+@pytest.mark.parametrize('lengths', [1, 3])
+def test_each_prompt_gets_what_it_gets_alone(finished, lengths):
+  run = prepare(finished, settings={'ppo__lengths': lengths, 'ppo__batch_size': 2})
+  examples, params = [prompt(thing) for thing in THINGS], restore(run)
+  rows, skipped = encode.prompts(examples, run.tokenizer, run.experiment.data.limits)
+  assert not skipped and len({len(row.ids) for row in rows}) > 3
+  rows = [row for row in rows for _ in range(2)]
+  answer = compile_answer(run)
+  alone = [texts(run, answer(params, batches.collate_prompts([row], 14, [i]), jax.random.key(5)))[0]
+           for i, row in enumerate(rows)]
+  assert len(set(alone)) > 4
+  assert compile_ask(run)(params, examples, 5, samples=2) == [alone[i:i + 2] for i in range(0, len(alone), 2)]
