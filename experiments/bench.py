@@ -1,5 +1,5 @@
 """How fast this machine runs each stage of a model: SFT, reward model, generation, PPO, a queue; as a table and as JSON.
-Also the memory of an SFT step with a large vocabulary.
+Also the memory of an SFT step with a large vocabulary, and what bfloat16 changes in a log-probability.
 
     python -m experiments.bench
     python -m experiments.bench --preset medium --dtype bfloat16 --mesh.runner sharded --mesh.fsdp 8 --json bench.json
@@ -58,7 +58,7 @@ from rlhf_jax.losses.language import cross_entropy
 from rlhf_jax.losses.preference import ranking
 from rlhf_jax.maths.sampling import Sampling
 from rlhf_jax.model.config import preset
-from rlhf_jax.model.forward import check_length
+from rlhf_jax.model.forward import check_length, next_logprobs
 from rlhf_jax.model.heads import LanguageModel, ScalarModel, initial_params
 from rlhf_jax.optimizer import decays, make_optimizer
 from rlhf_jax.records import Comparisons, Demonstrations, Prompts
@@ -68,7 +68,7 @@ from rlhf_jax.stages.task import Run
 from rlhf_jax.startup import prepare_process
 from rlhf_jax.step import init_state, make_train_step
 
-Name = Literal['sft', 'reward', 'generate', 'ppo', 'queue', 'waves', 'memory']
+Name = Literal['sft', 'reward', 'generate', 'ppo', 'queue', 'waves', 'memory', 'rounding']
 _READ_BYTES = 2 ** 28  # of the array that measures the bandwidth of a device: more than its caches hold
 _PRODUCTS = 8  # in the chain that measures the ceiling: enough that starting it does not count
 
@@ -356,6 +356,20 @@ def memory(setting):
   return found
 
 
+def rounding(setting):
+  """{'mean', 'max'} of the nats by which log-probabilities in bfloat16 differ from float32: fresh weights, random tokens."""
+  B, T = setting.batch.sft_rows, setting.batch.tokens
+  params, tokens_BT, valid_BT = _params(setting, setting.policy), _tokens(setting, B, T), np.ones((B, T), bool)
+  models = [LanguageModel(dataclasses.replace(setting.policy.config, dtype=dtype)) for dtype in ('float32', 'bfloat16')]
+  read = jax.jit(lambda params, model: next_logprobs(model, params, tokens_BT, valid_BT)[0], static_argnums=1)
+  exact_BT, rounded_BT = (np.asarray(read(params, model)) for model in models)
+  gap_BT = np.abs(exact_BT - rounded_BT)
+  return {'mean': float(gap_BT.mean()), 'max': float(gap_BT.max())}
+
+
+_FACTS = {'memory': memory, 'rounding': rounding}
+
+
 def decode_bytes(config, B, P, R):
   """Bytes that R tokens each of B sequences have to read: weights in products, and keys and values written before."""
   a_number = jnp.dtype(config.dtype).itemsize
@@ -402,8 +416,8 @@ def run(bench):
   results = describe(bench, setting) | {'ceiling': top, 'workloads': {}}
   for name in bench.only:
     print(f'{name} ...', file=sys.stderr, flush=True)
-    if name == 'memory':
-      results['memory'] = memory(setting)
+    if name in _FACTS:
+      results[name] = _FACTS[name](setting)
     else:
       results['workloads'][name] = measure(WORKLOADS[name](setting), bench.repeats)
   results['peak_memory'] = peak_memory(setting.runner.mesh)
@@ -496,6 +510,9 @@ def show(results, console=None):
     f'{machine["cores"]} cores, {results["mesh"]["runner"]} ({mesh}), jax {results["versions"]["jax"]}; '
     f'median (least to most) of {results["repeats"]}', console)
   known = {'process': peaks['process_bytes'], 'fullest device': peaks['device_bytes']}
+  if 'rounding' in results:
+    gap = results['rounding']
+    console.print(f'bfloat16 moves a log-probability by {gap["mean"]:.2g} nats in the mean, {gap["max"]:.2g} at most')
   console.print('peak memory: ' + (', '.join(f'{name} {_mib(size)} MiB' for name, size in known.items() if size) or '-'))
 
 

@@ -7,13 +7,13 @@ it likes? The chosen responses are the demonstrations, the recorded pairs the co
     python -m experiments.hh --data.path DIR --pretrained DIR       from a Hugging Face model directory, or a hub id
     python -m experiments.hh                                        from the hub: helpful and harmless, 160,800 pairs
 
-Measured with the first command on 1,606 harmless pairs to train on and 200 held out: 13 minutes on two CPU cores that
-were shared with two other runs.
+Measured with the first command on 1,606 harmless pairs to train on and 200 held out: 11 minutes on two CPU cores that
+were shared with other runs.
 
     held-out SFT loss, nats per token           8.11 before, 4.62 after
     held-out reward accuracy                    56.0 %, 95 % interval 48.5 to 63.0
-    score of SFT and PPO, held-out prompts      0.15 and 0.93, in standard deviations of the reward model
-    KL of PPO to SFT                            3.3 nats per answer
+    score of SFT and PPO, held-out prompts      0.15 and 0.94, in standard deviations of the reward model
+    KL of PPO to SFT                            3.8 nats per answer
 
 A model this small, from nothing, on so little text does not speak well: PPO finds that "I'm sorry" is liked and that short
 is safe. Public reward models reach 69 to 75 % on HH. For that start from a pretrained model, and lower the learning rates:
