@@ -5,8 +5,8 @@
 
 Everything is float32 on the CPU with random weights, and runs through `torch.compile`. Each side has a process of its own,
 and the rounds alternate, so that a noisy machine is noisy for all; what counts is the ratio. The PyTorch side is what a
-careful person writes by hand: fused attention and AdamW, a static cache, sampling by one uniform number a row (twice as
-fast as torch.multinomial here). Of `transformers`, SFT and `generate` with a static cache.
+careful person writes by hand: fused attention and AdamW, a static cache, sampling by one uniform number a row (faster
+here than torch.multinomial). Of `transformers`, SFT and `generate` with a static cache.
 Needs the extra `test`, which brings torch. Absent on purpose: PPO of libraries that no longer have it, and GPUs.
 """
 
