@@ -1,66 +1,28 @@
 #!/usr/bin/env bash
-# Copies the committed state of this checkout to a TPU VM and installs it there, in ~/rlhf_jax/.venv. Run it again after
-# a commit: files are replaced, the environment and the runs stay.
-set -euo pipefail
+# Copies this package at a commit to all workers of a slice and installs it there, in ~/rlhf_jax/.venv. Run it again for
+# another commit: the files are replaced; the environment, the runs and the bucket stay.
+#
+# usage: tpu_setup/bootstrap.sh --name NAME --zone ZONE [--commit COMMIT] [--bucket BUCKET] [--project PROJECT] [--dry-run]
+#
+#   --commit   what to install; by default HEAD of this checkout. Changes that are not committed are not copied.
+#   --bucket   mounts this Cloud Storage bucket at ~/rlhf_jax/runs of all workers, so that they share the runs, and the runs
+#              outlive the slice. Needs gcsfuse on the workers; says how to install it where it is missing.
+#   --dry-run  prints the commands and does nothing
+#
+# Exit statuses: 0 installed; 2 wrong flags; 69 gcloud or the installation failed.
 
-usage() {
-  cat <<'END'
-usage: tpu_setup/bootstrap.sh --name NAME --zone ZONE [--project PROJECT] [--dry-run]
+# shellcheck source=tpu_setup/gcloud.sh
+source "$(dirname "$0")/gcloud.sh"
 
-  --dry-run  print the commands and do nothing
-END
-}
+commit=HEAD bucket=''
+read_flags 'name zone project commit bucket' '' "$@"
+need name zone
 
-fail() {
-  echo "bootstrap.sh: $1" >&2
-  usage >&2
-  exit 2
-}
+hash=$(git -C "$here/.." rev-parse --verify --quiet "$commit^{commit}") || refuse "$commit is no commit of $here/.."
+[ -z "$(git -C "$here/.." status --porcelain)" ] || say 'changes that are not committed are not copied'
 
-name='' zone='' dry_run=''
-where=()
-while [ $# -gt 0 ]; do
-  case $1 in
-    --name | --zone | --project) [ -n "${2:-}" ] || fail "$1 needs a value" ;;
-  esac
-  case $1 in
-    --name) name=$2; shift 2 ;;
-    --zone) zone=$2; shift 2 ;;
-    --project) where+=("--project=$2"); shift 2 ;;
-    --dry-run) dry_run=yes; shift ;;
-    -h | --help) usage; exit 0 ;;
-    *) fail "unknown flag $1" ;;
-  esac
-done
-[ -n "$name" ] && [ -n "$zone" ] || fail 'needed are --name and --zone'
-where+=("--zone=$zone" --worker=all)
-
-run() {
-  if [ -n "$dry_run" ]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
-
-# The VM's own Python may be older than 3.11, so uv fetches one. The last line shows the devices that JAX sees.
-read -r -d '' install <<'END' || true
-set -eu
-mkdir -p rlhf_jax
-cd rlhf_jax
-tar -xzf ../rlhf_jax.tar.gz
-[ -d .venv ] || { python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --seed --python 3.12 .venv; }
-.venv/bin/python -m pip install --quiet -e '.[tpu]'
-.venv/bin/python -c 'import jax; print(jax.__version__, jax.devices())'
-END
-
-cd "$(dirname "$0")/.."
-room=$(mktemp -d)
-trap 'rm -rf "$room"' EXIT
-if [ -n "$(git status --porcelain)" ]; then
-  echo 'bootstrap.sh: uncommitted changes are not copied' >&2
-fi
-run git archive --format=tar.gz --output="$room/rlhf_jax.tar.gz" HEAD
-run gcloud compute tpus tpu-vm scp "$room/rlhf_jax.tar.gz" "$name:rlhf_jax.tar.gz" "${where[@]}"
-run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--command=$install"
+archive=$room/rlhf_jax.tar.gz
+run git -C "$here/.." archive --format=tar.gz "--output=$archive" "$hash"
+run gcloud compute tpus tpu-vm scp "$archive" "$name:rlhf_jax.tar.gz" "${where[@]}" --worker=all
+on_workers run all "mkdir -p rlhf_jax && tar -xzf rlhf_jax.tar.gz -C rlhf_jax tpu_setup/worker.sh && \
+$(worker_sh install "$hash" ${bucket:+"$bucket"})"

@@ -1,57 +1,57 @@
 #!/usr/bin/env bash
-# Creates one single-host TPU VM. Run it where `gcloud` is logged in.
-set -euo pipefail
+# Creates a TPU slice, of one host or of many, and waits until it is there. It costs money from then until delete.sh.
+#
+# usage: tpu_setup/create.sh --name NAME --zone ZONE --type TYPE [--version RUNTIME] [--queued [--pause SECONDS]]
+#                            [--spot] [--project PROJECT] [--dry-run]
+#
+#   --type     v4-N, v5litepod-N, v5p-N or v6e-N. N counts cores of v4 and v5p (two per device), devices of the others.
+#   --version  software of the VMs; by default the one that belongs to the type
+#   --queued   as a queued resource: waits in Google's queue until there is room; delete it with --queued too
+#   --pause    between two looks at the queue; 30 s by default
+#   --spot     cheaper; may be taken away at any time, and its disk with it
+#   --dry-run  prints the command and does nothing
+#
+# Exit statuses: 0 it is ready; 2 wrong flags; 69 gcloud failed (quota, no room, not logged in, ...).
 
-usage() {
-  cat <<'END'
-usage: tpu_setup/create.sh --name NAME --zone ZONE --type TYPE [--version RUNTIME] [--project PROJECT] [--spot] [--dry-run]
+# shellcheck source=tpu_setup/gcloud.sh
+source "$(dirname "$0")/gcloud.sh"
 
-  --type     v4-8, v5litepod-1, v5litepod-4, v5litepod-8, v5p-8, v6e-1 or v6e-4: slices of one host
-  --version  software of the VM; by default the one that belongs to the type
-  --spot     cheaper; may be taken away at any time, and its disk with it
-  --dry-run  print the command and do nothing
-END
-}
-
-fail() {
-  echo "create.sh: $1" >&2
-  usage >&2
-  exit 2
-}
-
-name='' zone='' type='' version='' dry_run=''
-more=()
-while [ $# -gt 0 ]; do
-  case $1 in
-    --name | --zone | --type | --version | --project) [ -n "${2:-}" ] || fail "$1 needs a value" ;;
-  esac
-  case $1 in
-    --name) name=$2; shift 2 ;;
-    --zone) zone=$2; shift 2 ;;
-    --type) type=$2; shift 2 ;;
-    --version) version=$2; shift 2 ;;
-    --project) more+=("--project=$2"); shift 2 ;;
-    --spot) more+=(--spot); shift ;;
-    --dry-run) dry_run=yes; shift ;;
-    -h | --help) usage; exit 0 ;;
-    *) fail "unknown flag $1" ;;
-  esac
-done
-[ -n "$name" ] && [ -n "$zone" ] && [ -n "$type" ] || fail 'needed are --name, --zone and --type'
+type='' version='' queued='' spot='' pause=30
+read_flags 'name zone project type version pause' 'queued spot' "$@"
+need name zone type
+need_count pause
 
 case $type in
-  v4-8) default=tpu-ubuntu2204-base ;;
-  v5litepod-[148]) default=v2-alpha-tpuv5-lite ;;
-  v5p-8) default=v2-alpha-tpuv5 ;;
-  v6e-[14]) default=v2-alpha-tpuv6e ;;
-  *) fail "type $type is not one of the single-host slices below; rlhf_jax does not start up on several hosts yet" ;;
+  v4-[1-9]*) default=tpu-ubuntu2204-base ;;
+  v5litepod-[1-9]*) default=v2-alpha-tpuv5-lite ;;
+  v5p-[1-9]*) default=v2-alpha-tpuv5 ;;
+  v6e-[1-9]*) default=v2-alpha-tpuv6e ;;
+  *) wrong_flags "type $type is none of v4-N, v5litepod-N, v5p-N, v6e-N" ;;
 esac
+software=${version:-$default}
 
-command=(gcloud compute tpus tpu-vm create "$name" "--zone=$zone" "--accelerator-type=$type"
-         "--version=${version:-$default}" ${more[@]+"${more[@]}"})
-if [ -n "$dry_run" ]; then
-  printf '%q ' "${command[@]}"
-  echo
-else
-  "${command[@]}"
+if [ -z "$queued" ]; then
+  run gcloud compute tpus tpu-vm create "$name" "${where[@]}" "--accelerator-type=$type" "--version=$software" \
+    ${spot:+--spot}
+  exit
 fi
+
+run gcloud compute tpus queued-resources create "$name" "--node-id=$name" "${where[@]}" "--accelerator-type=$type" \
+  "--runtime-version=$software" ${spot:+--spot}
+trap 'say "It stays in the queue, and costs money once it is granted. delete.sh --queued takes it back."; exit 130' INT
+while true; do
+  state=$(run gcloud compute tpus queued-resources describe "$name" "${where[@]}" '--format=value(state.state)')
+  if [ -n "$dry_run" ]; then
+    echo "$state"
+    exit
+  fi
+  case $state in
+    ACTIVE) exit ;;
+    FAILED | SUSPENDING | SUSPENDED | DELETING)
+      say "The request for $name is $state. See why: gcloud compute tpus queued-resources describe $name ${where[*]}; then \
+delete.sh --queued, and create it again."
+      exit 69 ;;
+  esac
+  say "$name: $state"
+  sleep "$pause"
+done
