@@ -115,6 +115,12 @@ def read_meta(directory, step=None):
 
 
 @jax.jit
+def _digests(leaves):
+  """Those of all leaves, in one program instead of one a shape."""
+  return {name: digest(x) for name, x in leaves.items()}
+
+
+@jax.jit
 def digest(x):
   """uint32 of an array's bits and where they lie, the same for every sharding.
 
@@ -134,7 +140,7 @@ def digest(x):
 
 def _record(state, meta):
   """`meta` and what each leaf of `state` is, as plain JSON, with a checksum over itself."""
-  digests = jax.device_get({name: digest(x) for name, x in _leaves(state).items()})
+  digests = jax.device_get(_digests(_leaves(state)))
   leaves = {name: {'shape': x.shape, 'dtype': str(x.dtype), 'digest': int(digests[name])}
             for name, x in _leaves(state).items()}
   record = json.loads(json.dumps({'meta': meta, 'leaves': leaves}))
@@ -173,7 +179,7 @@ def _read(directory, step, abstract, part=False):
     if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError)):
       raise
     raise _DamagedError(f'Checkpoint {where} is damaged: it cannot be read ({_short(error)}).') from error
-  found = jax.device_get({name: digest(x) for name, x in _leaves(tree).items()})
+  found = jax.device_get(_digests(_leaves(tree)))
   for name, value in found.items():
     if int(value) != record['leaves'][name]['digest']:
       raise _DamagedError(f'Checkpoint {where} is damaged: {name} has other bits than were saved.')
