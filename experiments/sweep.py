@@ -27,8 +27,9 @@ import sys
 import matplotlib.pyplot as plt
 import tyro
 
-from rlhf_jax import cli, config, report
+from rlhf_jax import cli, config, processes, report
 from rlhf_jax.errors import ConfigError, RlhfJaxError
+from rlhf_jax.processes import ProcessesConfig
 
 _LONGEST_NAME = 180  # of a directory, in characters; most file systems take 255
 _KL = 'PPO.KL, nats per answer'
@@ -50,6 +51,7 @@ class Sweep:
   count: bool = False  # print how many runs there are, and run none
   table: bool = False  # make table and plot of the runs that are finished, and run none
   export: bool = True  # write the finished models of every run as Hugging Face directories
+  processes: ProcessesConfig = ProcessesConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +63,14 @@ class Point:
 
 
 def main(args=None):
-  """The command line; exits with 1 if a run failed, with 2 on an error that the user can mend before any run."""
-  sweep = tyro.cli(Sweep, description=__doc__, args=args)
-  try:
+  """The command line; exits with 1 if a run failed, else as `cli.clear_exits` says."""
+  with cli.clear_exits():
+    sweep = tyro.cli(Sweep, description=__doc__, args=args)
+  with cli.clear_exits(_directory(sweep), sweep.processes.lost_s):
+    processes.join(sweep.processes)
     failed = run(sweep)
-  except RlhfJaxError as error:
-    print(f'{type(error).__name__}: {error}', file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print('\nStopped. The same command goes on with the run that it was in.', file=sys.stderr)
-    sys.exit(130)
   if failed:
-    sys.exit(1)
+    processes.leave(1)
 
 
 def run(sweep):
@@ -84,7 +82,7 @@ def run(sweep):
     return {}
   failed = {} if sweep.table else _run_points(_chosen(points, sweep.index), module.make_task, sweep)
   if sweep.index is None:
-    summarise(points, sweep.stages, _directory(sweep))
+    processes.once('sweep', lambda: summarise(points, sweep.stages, _directory(sweep)))
   return failed
 
 

@@ -4,6 +4,7 @@ An experiment module calls `main(EXPERIMENT, make_task, __doc__)`. The same comm
 skipped, an unfinished one goes on from its newest checkpoint.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -11,26 +12,29 @@ import pathlib
 import shutil
 import sys
 import time
+import traceback
 from typing import Literal
 
 import jax
 import numpy as np
 
 from rlhf_jax import config as configs
-from rlhf_jax import report, runners
+from rlhf_jax import processes, report, runners
 from rlhf_jax.checkpoint import read_meta
 from rlhf_jax.data.text import check_vocabulary, load_tokenizer, pad_token, save_tokenizer, train_tokenizer
-from rlhf_jax.errors import CheckpointError, ConfigError, RlhfJaxError
+from rlhf_jax.errors import CheckpointError, ConfigError, PreemptedError, RlhfJaxError
 from rlhf_jax.model import huggingface
 from rlhf_jax.model.config import preset
 from rlhf_jax.model.forward import check_length
 from rlhf_jax.model.heads import LanguageModel, ScalarModel
+from rlhf_jax.processes import ProcessesConfig
 from rlhf_jax.stages import ppo, reward, sft
 from rlhf_jax.stages.task import Run
 from rlhf_jax.startup import prepare_process
 
 Stage = Literal['sft', 'reward', 'ppo']
 _STAGES = {'sft': sft, 'reward': reward, 'ppo': ppo}
+_START_AGAIN = 75  # exit status: saved as asked, not finished
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -41,30 +45,54 @@ class Command:
   run_dir: str = ''  # where everything is written; empty: runs/NAME
   restart: bool = False  # delete what an earlier run left in the run directory
   export: bool = True  # write the finished models as Hugging Face directories
+  processes: ProcessesConfig = ProcessesConfig()
 
 
 def main(experiment, make_task, description, name=None, args=None):
-  """Runs an experiment from the command line; exits with 2 and one clear line on an error that the user can mend.
+  """Runs an experiment from the command line, and exits as `clear_exits` says.
 
   `make_task(experiment)` gives the Task. `name` (the module's, by default) names the run directory.
   """
-  directory = pathlib.Path('runs') / (name or pathlib.Path(sys.argv[0]).stem)
-  try:
+  with clear_exits():
     experiment, command = configs.parse(experiment, Command(), description, args)
-    directory = pathlib.Path(command.run_dir or directory)
+  directory = pathlib.Path(command.run_dir or pathlib.Path('runs') / (name or pathlib.Path(sys.argv[0]).stem))
+  with clear_exits(directory, command.processes.lost_s):
+    processes.join(command.processes)
     return run_stages(experiment, make_task, directory, command)
+
+
+@contextlib.contextmanager
+def clear_exits(directory='', lost_s=0):
+  """What ends a command early as one line, and an exit status: 2 for what the user can mend, 130 for Ctrl-C.
+
+  75 (EX_TEMPFAIL) says that all is saved, after SIGTERM or the notice that a TPU is taken away: start it again. With
+  several processes also an error that nobody expected ends the process at once, in place of waiting for the others.
+  """
+  goes_on = f'The same command goes on from the last checkpoint in {directory}.'
+  try:
+    yield
+  except PreemptedError as error:
+    _say_error(f'Stopped as asked: {error}. {goes_on}')
+    processes.leave(_START_AGAIN)
   except RlhfJaxError as error:
-    print(f'{type(error).__name__}: {error}', file=sys.stderr)
-    sys.exit(2)
-  except OSError as error:
-    if error.errno not in _DISK_ERRORS:
-      raise
-    print(f'CheckpointError: {error}. What {directory} holds is complete up to the last checkpoint: free some space, and '
-          'the same command goes on from there.', file=sys.stderr)
-    sys.exit(2)
+    _say_error(f'{type(error).__name__}: {error}')
+    processes.leave(2)
   except KeyboardInterrupt:
-    print(f'\nStopped. The same command goes on from the last checkpoint in {directory}.', file=sys.stderr)
-    sys.exit(130)
+    _say_error(f'\nStopped. {goes_on}')
+    processes.leave(130)
+  except Exception as error:
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+      _say_error(f'CheckpointError: {error}. What {directory} holds is complete up to the last checkpoint: free some space, '
+                 'and the same command goes on from there.')
+      processes.leave(2)
+    if not processes.are_several():
+      raise
+    traceback.print_exc()
+    processes.leave(1, wait_s=lost_s + 5)
+
+
+def _say_error(text):
+  print(f'process {jax.process_index()}: {text}' if processes.are_several() else text, file=sys.stderr, flush=True)
 
 
 def run_stages(experiment, make_task, directory, command=Command()):
@@ -74,7 +102,8 @@ def run_stages(experiment, make_task, directory, command=Command()):
   if unknown:
     raise ConfigError(f'there is no stage {min(unknown)!r}. Choose from: {", ".join(_STAGES)}.')
   prepare_process()
-  directory = _open_directory(experiment, pathlib.Path(directory), command)
+  directory = pathlib.Path(directory)
+  processes.once('run directory', lambda: _open_directory(experiment, directory, command))
   run = prepare(experiment, make_task, directory)
   results = _earlier_results(directory)
   for name in (name for name in _STAGES if name in command.stages):
@@ -85,16 +114,18 @@ def run_stages(experiment, make_task, directory, command=Command()):
       stage_began = time.monotonic()
       results[name] = _STAGES[name].train(run)
       print(f'{name}: {time.monotonic() - stage_began:.0f} s')
-    if command.export and not (run.stage(name) / 'export').exists():
+    exports = command.export and not (run.stage(name) / 'export').exists()
+    processes.meet(f'export {name}')                                            # nobody writes before all have looked
+    if exports:
       _export(run, name)
   if 'ppo' in command.stages:
     table, said = ppo.compare(run)
     results['table'] = table
-    _write_answers(directory, said)
+    processes.once('answers', lambda: _write_answers(directory, said))
     report.print_table(table, f'{len(said["SFT"][0])} answers to {len(run.task.prompts[1])} held-out prompts')
   _say_reward_accuracy(results)
-  _write_whole(directory / 'results.json', json.dumps(results, indent=2, default=float))
-  written = [name for name in ('results.json', 'answers.jsonl', report.draw(directory)) if (directory / name).exists()]
+  processes.once('results', lambda: _write_results(directory, results))
+  written = [name for name in ('results.json', 'answers.jsonl', 'report.png') if (directory / name).exists()]
   print(f'{directory}: {", ".join(written)}; {time.monotonic() - began:.0f} s in all')
   return results
 
@@ -109,12 +140,7 @@ def prepare(experiment, make_task, directory):
     tokenizer = load_tokenizer(experiment.pretrained)
   else:
     model_config = preset(experiment.preset, **runtime)
-    if not tokenizer_dir.exists():
-      texts = [turn.text for example in task.demonstrations[0] for turn in example.prompt]
-      texts += [response for example in task.demonstrations[0] for response in example.responses]
-      unfinished = tokenizer_dir.with_suffix('.unfinished')
-      save_tokenizer(train_tokenizer(texts, model_config.vocab_size), unfinished)
-      unfinished.rename(tokenizer_dir)
+    processes.once('tokenizer', lambda: _make_tokenizer(tokenizer_dir, task.demonstrations[0], model_config.vocab_size))
     tokenizer = load_tokenizer(tokenizer_dir)
   if task.chat_template is not None:
     tokenizer.chat_template = task.chat_template
@@ -131,6 +157,17 @@ def prepare(experiment, make_task, directory):
   _check_answers(experiment.ppo, runner.batch_parts)
   return Run(experiment, task, tokenizer, runner, directory, LanguageModel(model_config), ScalarModel(reward_config),
              pretrained)
+
+
+def _make_tokenizer(directory, demonstrations, vocab_size):
+  """A tokenizer of the demonstrations' texts, unless there is one."""
+  if directory.exists():
+    return
+  texts = [turn.text for example in demonstrations for turn in example.prompt]
+  texts += [response for example in demonstrations for response in example.responses]
+  unfinished = directory.with_suffix('.unfinished')
+  save_tokenizer(train_tokenizer(texts, vocab_size), unfinished)
+  unfinished.rename(directory)
 
 
 def _check_attention(kernel):
@@ -174,14 +211,17 @@ def _open_directory(experiment, directory, command):
   except OSError as error:
     raise CheckpointError(f'cannot write to the run directory {directory}: {error.strerror}. '
                           'Choose another --run-dir.') from error
-  return directory
 
 
 def _check_same(path, experiment):
-  """ConfigError where a stage of another config has begun; before that, what a failed start left does not count."""
+  """ConfigError where a stage of another config has begun; before that, what a failed start left does not count.
+
+  On which devices it runs may change: a checkpoint is restored onto any mesh.
+  """
   directory = path.parent
   try:
-    changed = configs.differences(json.loads(path.read_text()), configs.to_json(experiment))
+    changed = configs.differences(json.loads(path.read_text()) | {'mesh': None},
+                                  configs.to_json(experiment) | {'mesh': None})
   except ValueError as error:
     raise ConfigError(f'{path} is not JSON ({error}), so nobody knows which run this is. Choose another --run-dir, or '
                       'pass --restart to delete it and start anew.') from error
@@ -200,16 +240,25 @@ def _export(run, name):
   model = run.reward if name == 'reward' else run.policy
   target = run.stage(name) / 'export'
   unfinished = target.with_suffix('.unfinished')
-  huggingface.save(unfinished, model.config, jax.tree.map(np.asarray, run.runner.fetch(params)), kind=kind,
-                   end_token=run.tokenizer.eos_token_id, pad_token=pad_token(run.tokenizer))
-  save_tokenizer(run.tokenizer, unfinished)
-  unfinished.rename(target)
+  params = jax.tree.map(np.asarray, run.runner.fetch(params))
+
+  def write():
+    huggingface.save(unfinished, model.config, params, kind=kind, end_token=run.tokenizer.eos_token_id,
+                     pad_token=pad_token(run.tokenizer))
+    save_tokenizer(run.tokenizer, unfinished)
+    unfinished.rename(target)
+  processes.once(f'exported {name}', write)
 
 
 def _earlier_results(directory):
   """What an earlier command with fewer stages measured in this run directory."""
   path = directory / 'results.json'
   return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write_results(directory, results):
+  _write_whole(directory / 'results.json', json.dumps(results, indent=2, default=float))
+  report.draw(directory)
 
 
 def _write_whole(path, text):

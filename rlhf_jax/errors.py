@@ -31,6 +31,14 @@ class DivergedError(RlhfJaxError):
   """A loss, gradient or score that is not a finite number; training stops before it spoils a checkpoint."""
 
 
+class ProcessError(RlhfJaxError):
+  """Processes of one run that do not come together."""
+
+
+class PreemptedError(Exception):
+  """A run that was asked to stop and has saved all that it needs to go on: nobody's mistake."""
+
+
 def check_choices(config):
   """Raises ConfigError for a field of a frozen dataclass whose value is not among those of its Literal type."""
   for name, kind in typing.get_type_hints(type(config)).items():

@@ -19,6 +19,7 @@ import rich.table
 import tensorboardX
 
 from rlhf_jax.errors import ConfigError, DataError
+from rlhf_jax.processes import is_first
 
 
 def values(metrics):
@@ -27,13 +28,18 @@ def values(metrics):
 
 
 class JsonLines:
-  """A file of one JSON object a line, each with its 'step', that a kill at any moment leaves readable."""
+  """A file of one JSON object a line, each with its 'step', that a kill at any moment leaves readable.
+
+  Of several processes the first writes it.
+  """
 
   def __init__(self, path):
     self.path = pathlib.Path(path)
 
   def append(self, rows):
     """Writes the rows in one go. NaN and infinities, which JSON does not have, become null."""
+    if not is_first():
+      return
     lines = b''.join(json.dumps(_plain(row), ensure_ascii=False).encode(errors='replace') + b'\n' for row in rows)
     self.path.parent.mkdir(parents=True, exist_ok=True)
     with self.path.open('ab') as file:
@@ -42,7 +48,7 @@ class JsonLines:
 
   def truncate_after(self, step):
     """Drops all rows of later steps, and what a kill left half-written; the other lines keep their bytes."""
-    if self.path.exists():
+    if is_first() and self.path.exists():
       kept = [line for line, row in self._lines() if row['step'] <= step]
       beside = self.path.with_name(self.path.name + '.tmp')
       beside.write_bytes(b''.join(line + b'\n' for line in kept))
@@ -116,7 +122,7 @@ class MetricsLog:
   def __init__(self, directory, *, tensorboard=True, wandb=None):
     self.directory = pathlib.Path(directory)
     self._tensorboard, self._board, self._purge_step = tensorboard, None, None
-    self._wandb = None if wandb is None else _start_wandb(self.directory, wandb)
+    self._wandb = None if wandb is None or not is_first() else _start_wandb(self.directory, wandb)
 
   def __enter__(self):
     return self
@@ -133,7 +139,7 @@ class MetricsLog:
   def write(self, step, values, *, wall_s):
     """Adds {name: float} of one step; `wall_s` are the seconds since the run began. On disk when it returns."""
     _metrics(self.directory).append([{'step': step, 'time': round(wall_s, 3)} | values])
-    if self._tensorboard:
+    if self._tensorboard and is_first():
       # Not before the first write, so that it knows from where on TensorBoard is to hide what a killed run wrote. The
       # process's number keeps two files of one second apart, since tensorboardX would overwrite the first.
       self._board = self._board or tensorboardX.SummaryWriter(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import ConfigError, ShardingError
@@ -34,6 +35,17 @@ class Runner:
   _known: dict = dataclasses.field(default_factory=dict, repr=False)  # shardings already worked out, by structure
 
   @property
+  def part(self):
+    """(number, count): which of how many equal parts of a batch this process brings, namely the rows of its devices."""
+    n, here = self.batch_parts, jax.process_index()
+    rows = NamedSharding(self.mesh, PartitionSpec(self.rules['B'])).devices_indices_map((n,))
+    mine = sorted({index[0].indices(n)[0] for device, index in rows.items() if device.process_index == here})
+    if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine) or n % len(mine):
+      raise ShardingError(f'process {here} has the parts {mine} of {n} of a batch, which is no equal share. Choose data x '
+                          f'fsdp as a multiple of the {jax.process_count()} processes, or a divisor.')
+    return mine[0] // len(mine), n // len(mine)
+
+  @property
   def batch_parts(self):
     """Into how many parts a batch is cut."""
     axes = self.rules['B']
@@ -47,22 +59,35 @@ class Runner:
     return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), found, is_leaf=_is_spec)
 
   def place(self, tree, kind: Kind):
-    """The tree on the devices of this runner; arrays that lie there already are not copied."""
+    """The tree on the devices of this runner; arrays that lie there already are not copied.
+
+    Of a batch each process passes its own `part` of the rows; all else is the same in every process.
+    """
     leaves, structure = jax.tree.flatten(tree)
-    known = structure, tuple(np.shape(leaf) for leaf in leaves), kind
+    shapes = tuple(self._whole_shape(leaf, kind) for leaf in leaves)
+    known = structure, shapes, kind
     if known not in self._known:
-      self._known[known] = jax.tree.leaves(self.shardings(tree, kind))
-    placed = [leaf if getattr(leaf, 'sharding', None) == sharding else jax.device_put(leaf, sharding)
-              for leaf, sharding in zip(leaves, self._known[known], strict=True)]
+      whole = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+      self._known[known] = jax.tree.leaves(self.shardings(jax.tree.unflatten(structure, whole), kind))
+    placed = [leaf if getattr(leaf, 'sharding', None) == sharding else _put(leaf, sharding, shape)
+              for leaf, shape, sharding in zip(leaves, shapes, self._known[known], strict=True)]
     return jax.tree.unflatten(structure, placed)
+
+  def _whole_shape(self, leaf, kind):
+    """The shape of an array of which, where it is a batch, this process may hold a part only."""
+    shape = np.shape(leaf)
+    if kind != 'batch' or jax.process_count() == 1 or not _is_local(leaf):
+      return shape
+    return shape[0] * self.part[1], *shape[1:]
 
   def copy(self, tree):
     """A tree of arrays in buffers of its own, where they are: what a frozen model needs before its source is donated."""
     return jax.jit(lambda t: jax.tree.map(jnp.copy, t), out_shardings=jax.tree.map(lambda x: x.sharding, tree))(tree)
 
   def fetch(self, tree):
-    """The tree as numpy arrays of full shape."""
-    return jax.device_get(tree)
+    """The tree as numpy arrays of full shape, in every process."""
+    here = lambda x: x if _is_local(x) or x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True)
+    return jax.device_get(jax.tree.map(here, tree))
 
   def initialise(self, make, *args):
     """make(*args), a tree of 'params', born sharded: no device ever holds the whole of it."""
@@ -104,6 +129,8 @@ class Runner:
 
   def _mapped(self, fn, inputs, outputs):
     """fn under pmap: a batch goes in and comes out as [devices, B / devices, ...], everything else whole."""
+    if jax.process_count() > 1:
+      return self._mapped_by_all_processes(fn, inputs, outputs)
     n, axis = self.mesh.size, {'params': None, 'same': None, 'batch': 0}
     out_axes = axis[outputs] if isinstance(outputs, str) else tuple(axis[kind] for kind in outputs)
     mapped = jax.pmap(fn, axis_name=self.axis_name, in_axes=tuple(axis[kind] for kind in inputs), out_axes=out_axes,
@@ -119,6 +146,30 @@ class Runner:
     return whole
 
 
+  def _mapped_by_all_processes(self, fn, inputs, outputs):
+    """The same, said as what pmap is made of: pmap itself takes a process's own part, not arrays of full shape."""
+    spec = lambda kind: PartitionSpec(self.axis_name) if kind == 'batch' else PartitionSpec()
+    out_specs = spec(outputs) if isinstance(outputs, str) else tuple(map(spec, outputs))
+    return jax.shard_map(fn, mesh=self.mesh, in_specs=tuple(map(spec, inputs)), out_specs=out_specs, check_vma=False)
+
+
+def _is_local(x):
+  """Whether this process has the whole of x: a host array, or one on its own devices."""
+  return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+
+def _put(x, sharding, shape):
+  """x, or this process's part of an array of that shape, on the devices of a sharding."""
+  if sharding.is_fully_addressable or not _is_local(x):
+    return jax.device_put(x, sharding)
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    data = jax.random.key_data(x)
+    return jax.random.wrap_key_data(_put(data, sharding, data.shape), impl=jax.random.key_impl(x))
+  if np.shape(x) != shape:
+    return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
+  return jax.make_array_from_callback(shape, sharding, lambda index: np.asarray(x)[index])
+
+
 def _is_spec(x):
   return isinstance(x, PartitionSpec)
 
@@ -132,6 +183,8 @@ _WHOLE = {name: tuple(None for _ in rule) if isinstance(rule, tuple) else None f
 
 def single(device=None):
   """Everything on one device: the first, unless another is given."""
+  if jax.process_count() > 1:
+    raise ShardingError(f'one device, but {jax.process_count()} processes. Pass --mesh.runner sharded or pmap.')
   return Runner('single', _mesh({'data': 1}, [device or jax.devices()[0]]), _WHOLE | {'B': 'data'})
 
 

@@ -21,8 +21,8 @@ from rlhf_jax.records import Comparisons, Demonstrations, Prompts
 class Batches:
   """Endless batches of `rows`: `batches[step]`, or `batches.read(start, stop)` to iterate with read-ahead.
 
-  `collate(rows, length)` makes a record of rows padded to a length; `lengths[i]` is what row i needs. `part` is (this
-  process, processes): each makes its own slice of every batch.
+  `collate(rows, length)` makes a record of rows padded to a length; `lengths[i]` is what row i needs. `part` is (number,
+  count): the process makes that of so many equal parts of every batch.
   """
   rows: Sequence[Any]
   lengths: Sequence[int]
@@ -51,10 +51,7 @@ class Batches:
   def __getitem__(self, step):
     epoch, number = divmod(step, self.per_epoch)
     length, chosen = self._epoch(epoch)[number]
-    process, processes = self.part
-    share = self.batch_size // processes
-    mine = chosen[process * share:(process + 1) * share]
-    return self.collate([self.rows[i] for i in mine], length)
+    return self.collate([self.rows[i] for i in share(chosen, self.part)], length)
 
   def read(self, start, stop):
     """Batches start .. stop - 1, in order, prepared ahead by one thread."""
@@ -100,8 +97,7 @@ def comparison_batches(rows, *, batch_size, length, seed, part=(0, 1)):
 
 def prompt_batches(rows, *, batch_size, length, seed, lengths=1, part=(0, 1)):
   """Batches of left-padded Prompts, bucketed to so many lengths; sample numbers count through the whole batch."""
-  first = part[0] * (batch_size // part[1])
-  collate = lambda rows, length: collate_prompts(rows, length, range(first, first + len(rows)))
+  collate = lambda rows, length: collate_prompts(rows, length, share(range(batch_size), part))
   needed = [len(row.ids) for row in rows]
   return Batches(rows, needed, collate, batch_size, bucket_lengths(length, lengths), seed, part)
 
@@ -157,7 +153,14 @@ def _packed(groups, length):
   return Demonstrations(tokens_BT.astype(np.int32), valid_BT, mask_BT.astype(bool), segment_BT.astype(np.int32))
 
 
-def in_order(rows, batch_size, blank, collate):
+def in_order(rows, batch_size, blank, collate, part=(0, 1)):
   """All rows in their order, in batches of one shape; the last is filled up with `blank` rows, which weigh nothing."""
   filled = list(rows) + [blank] * (-len(rows) % batch_size)
-  return [collate(filled[start:start + batch_size]) for start in range(0, len(filled), batch_size)]
+  return [collate(share(filled[start:start + batch_size], part)) for start in range(0, len(filled), batch_size)]
+
+
+def share(rows, part):
+  """Of a batch's rows those that one of `part` = (number, count) equal parts has."""
+  number, count = part
+  each = len(rows) // count
+  return rows[number * each:(number + 1) * each]

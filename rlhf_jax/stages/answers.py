@@ -38,8 +38,9 @@ def rollouts(run, answer, params, rows, key, batch_size, lengths=1):
   for start in range(0, len(order), batch_size):
     chosen = order[start:start + batch_size]
     filled = chosen + [chosen[-1]] * (batch_size - len(chosen))
+    mine = batches.share(filled, run.runner.part)
     length = next(length for length in buckets if length >= len(rows[chosen[-1]].ids))
-    yield answer(params, batches.collate_prompts([rows[i] for i in filled], length, filled), key), chosen
+    yield answer(params, batches.collate_prompts([rows[i] for i in mine], length, mine), key), chosen
 
 
 def texts(run, rollout):

@@ -10,8 +10,9 @@ import time
 import jax
 import numpy as np
 
+from rlhf_jax import processes
 from rlhf_jax.checkpoint import Checkpoints
-from rlhf_jax.errors import DivergedError
+from rlhf_jax.errors import DivergedError, PreemptedError
 from rlhf_jax.metrics import MetricsLog, Progress, values
 from rlhf_jax.model.heads import initial_params
 from rlhf_jax.optimizer import make_optimizer
@@ -50,16 +51,20 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
         state, metrics = step(state, batch, jax.random.fold_in(key, number))
         done = number + 1
         watch.see(done, metrics, batch)
-        last, evaluates, saves = done == config.steps, done % config.evaluate_every == 0, done % config.checkpoint_every == 0
+        stops = processes.stop_asked()
+        last, evaluates = done == config.steps, done % config.evaluate_every == 0
+        saves = stops or done % config.checkpoint_every == 0
         if last or evaluates or saves:
           watch.settle()
         if last or evaluates:
           measured = evaluate(state.params)
-          check_finite(run.stage(name), done, _prefixed(measured), batch)
+          check_finite(run, name, done, _prefixed(measured), batch)
           log.write(done, _prefixed(measured), wall_s=watch.seconds)
           _say(progress, name, done, measured)
         if saves and not last:
           checkpoints.save(done, state, {'finished': False, 'evaluation': measured})
+          if stops:
+            raise PreemptedError(f'{name} step {done} is saved')
     return state, measured
 
 
@@ -119,20 +124,21 @@ class _Watch:
     (step, metrics, batch), self.waiting = self.waiting, None
     metrics = self.run.runner.fetch(metrics)
     known = values(metrics)
-    check_finite(self.run.stage(self.name), step, known, batch)
+    check_finite(self.run, self.name, step, known, batch)
     self.counted += float(metrics['loss'].weight)
     self.log.write(step, known, wall_s=self.seconds)
     self.progress.update(step, {'loss': known['loss']} | {k: known[k] for k in ('accuracy',) if k in known},
                          rate=(self.counted / self.seconds, f'{self.unit}/s'))
 
 
-def check_finite(directory, step, known, batch):
+def check_finite(run, name, step, known, batch):
   """Raises DivergedError where loss or gradient is not finite, and keeps the batch for inspection."""
   bad = [name for name in ('loss', 'gradient_norm', 'score', 'held_out/loss') if not np.isfinite(known.get(name, 0.0))]
   if not bad:
     return
-  path = directory / f'bad_batch_{step}.npz'
-  fields = jax.device_get({field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)})
-  np.savez(path, **{name: value for name, value in fields.items() if value is not None})
-  raise DivergedError(f'{directory.name} step {step}: {bad[0]} is {known[bad[0]]}. Its batch is in {path}; the last '
+  path = run.stage(name) / f'bad_batch_{step}.npz'
+  fields = run.runner.fetch(run.runner.place({field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)},
+                                             'batch'))
+  processes.once('bad batch', lambda: np.savez(path, **{key: value for key, value in fields.items() if value is not None}))
+  raise DivergedError(f'{name} step {step}: {bad[0]} is {known[bad[0]]}. Its batch is in {path}; the last '
                       'checkpoint is untouched. Lower the learning rate or clip_norm, or look at the batch.')

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import handoff
+from rlhf_jax import handoff, processes
 from rlhf_jax.checkpoint import Checkpoints, restore_part
 from rlhf_jax.data import batches, encode
 from rlhf_jax.data.text import prompt_text
-from rlhf_jax.errors import ConfigError
+from rlhf_jax.errors import ConfigError, PreemptedError
 from rlhf_jax.experience import experience
 from rlhf_jax.losses.ppo import ppo
 from rlhf_jax.maths.kl import adaptive_kl_weight
@@ -73,7 +73,7 @@ def train(run):
   rows, skipped = encode.prompts(run.task.prompts[0], run.tokenizer, limits)
   run.say_skipped(NAME, skipped, len(rows))
   source = batches.prompt_batches(rows, batch_size=config.batch_size, length=limits.prompt_tokens, seed=experiment.seed,
-                                  lengths=config.lengths, part=(jax.process_index(), jax.process_count()))
+                                  lengths=config.lengths, part=run.runner.part)
   make = lambda: init_state(_start(run), optimizer)
   with Checkpoints(run.checkpoints(NAME)) as checkpoints, run.log(NAME) as log:
     start = checkpoints.latest()
@@ -89,7 +89,7 @@ def train(run):
         key = jax.random.fold_in(jax.random.key(experiment.seed), iteration)
         state, known, rollout = _iterate(run, programs, state, frozen, prompts, key, kl_weight)
         done = iteration + 1
-        check_finite(run.stage(NAME), done, known, rollout)
+        check_finite(run, NAME, done, known, rollout)
         _check_facts(done, known)
         log.write(done, known | {'kl_weight': kl_weight}, wall_s=time.monotonic() - began)
         progress.update(done, {'score': known['score'], 'KL': known['kl_nats_per_sequence'], 'entropy': known['entropy'],
@@ -102,8 +102,11 @@ def train(run):
           progress.note(f'stopped before the update of iteration {done}: KL {known["kl_nats_per_sequence"]:.3g} nats per '
                         f'sequence is over kl_stop_nats_per_sequence={config.kl_stop_nats_per_sequence:g}')
           break
-        if done % config.checkpoint_every == 0 and done < config.iterations:
+        stops = processes.stop_asked()
+        if (stops or done % config.checkpoint_every == 0) and done < config.iterations:
           checkpoints.save(done, state, _meta(done, kl_weight, known, finished=False))
+          if stops:
+            raise PreemptedError(f'{NAME} iteration {done} is saved')
     checkpoints.save(done, state, _meta(done, kl_weight, known, finished=True))
   return known
 
@@ -136,7 +139,7 @@ def _iterate(run, programs, state, frozen, prompts, key, kl_weight):
     state, learned = programs.learn(state, lessons, learn_key)
     known |= _learned(run.runner.fetch(learned))
   finished = time.monotonic()
-  tokens = known['response_length'] * len(extra_score_B)
+  tokens = known['response_length'] * run.experiment.ppo.batch_size
   known |= {'seconds_generate': answered - began, 'seconds_score': scored - answered,
             'seconds_update': finished - scored, 'response_tokens_per_second': tokens / (finished - began)}
   return state, known, rollout
@@ -168,13 +171,17 @@ def _learned(learned):
 
 
 def _extra_scores(run, rollout):
-  """What the Python reward functions say of a rollout: (weighted sum [B], means by name); zeros where there are none."""
-  B = rollout.ended_B.shape[0]
+  """What the Python reward functions say of a rollout: (weighted sum [B], means by name); zeros where there are none.
+
+  Each process asks them about its own part of the rollout, and returns that part of the sum.
+  """
+  part = run.runner.part
   if not run.task.reward_functions:
-    return np.zeros(B, np.float32), {}
-  prompts, responses = texts_of(run, rollout)
+    return np.zeros(rollout.ended_B.shape[0] // part[1], np.float32), {}
+  prompts, responses = (batches.share(texts, part) for texts in texts_of(run, rollout))
   total_B, by_name = score_texts(run.task.reward_functions, prompts, responses)
-  return total_B, {f'reward/{name}': float(score_B.mean()) for name, score_B in by_name.items()}
+  whole = run.runner.fetch(run.runner.place({f'{name}_B': score_B for name, score_B in by_name.items()}, 'batch'))
+  return total_B, {f'reward/{name}': float(whole[f'{name}_B'].mean()) for name in by_name}
 
 
 def texts_of(run, rollout):

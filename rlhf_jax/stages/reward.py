@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 
-from rlhf_jax import handoff
+from rlhf_jax import handoff, processes
 from rlhf_jax.checkpoint import restore_part
 from rlhf_jax.data import batches, encode
 from rlhf_jax.data.examples import Example, Turn
@@ -30,15 +30,16 @@ def train(run):
   held_out_rows, also = encode.comparisons(held_out_examples, run.tokenizer, limits)
   run.say_skipped(NAME, skipped + also, len(train_rows) + len(held_out_rows))
   source = batches.comparison_batches(train_rows, batch_size=config.batch_size, length=limits.tokens, seed=experiment.seed,
-                                      part=(jax.process_index(), jax.process_count()))
+                                      part=run.runner.part)
   candidates = max(len(row.rows) for row in (*train_rows, *held_out_rows))
   collate = functools.partial(batches.collate_comparisons, length=limits.tokens, candidates=candidates)
-  in_order = lambda rows: batches.in_order(rows, config.batch_size, encode.RankedRows([], []), collate)
+  in_order = lambda rows: batches.in_order(rows, config.batch_size, encode.RankedRows([], []), collate, run.runner.part)
   held_out = in_order(held_out_rows)
   state, measured = descend(run, NAME, config, model=run.reward, loss_fn=ranking(run.reward, config.centring_weight),
                             make_params=functools.partial(_start, run), batches=source, held_out=held_out, unit='prompts')
 
-  score = run.runner.compile(lambda params, batch: {'score_BC': candidate_scores(run.reward, params, batch)},
+  score = run.runner.compile(lambda params, batch: {'score_BC': candidate_scores(run.reward, params, batch),
+                                                     'rank_BC': batch.rank_BC},
                              inputs=('params', 'batch'), outputs='batch')
   measured |= accuracy(*_scored(run, score, state.params, held_out))
   if run.task.ceiling is not None:
@@ -94,16 +95,19 @@ def _start(run):
 
 def _scored(run, score, params, collated):
   """(score_BC, rank_BC) of all prompts of a list of Comparisons, as numpy."""
-  score_BC = np.concatenate([run.runner.fetch(score(params, batch)['score_BC']) for batch in collated])
-  return score_BC, np.concatenate([batch.rank_BC for batch in collated])
+  known = [run.runner.fetch(score(params, batch)) for batch in collated]
+  return tuple(np.concatenate([batch[name] for batch in known]) for name in ('score_BC', 'rank_BC'))
 
 
 def _comparisons(run):
   """The task's comparisons. What it made by asking the SFT policy is written down, so that a resumed run reads the same."""
   path = run.stage(NAME) / 'comparisons.jsonl'
-  if not path.exists():
+  absent = not path.exists()
+  processes.meet('comparisons')                                                 # nobody writes before all have looked
+  if absent:
     ready = functools.lru_cache(lambda: functools.partial(compile_ask(run), sft.restore(run)))
-    _write(path, run.task.comparisons(lambda examples, samples: ready()(examples, run.experiment.seed + 1, samples)))
+    made = run.task.comparisons(lambda examples, samples: ready()(examples, run.experiment.seed + 1, samples))
+    processes.once('comparisons made', functools.partial(_write, path, made))
   return _read(path)
 
 

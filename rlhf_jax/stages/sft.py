@@ -24,9 +24,9 @@ def train(run):
   run.say_skipped(NAME, skipped + also, len(train_rows) + len(held_out_rows))
   source = batches.demonstration_batches(train_rows, batch_size=config.batch_size, length=limits.tokens,
                                          seed=experiment.seed, packed=config.packed,
-                                         part=(jax.process_index(), jax.process_count()))
+                                         part=run.runner.part)
   held_out = batches.in_order(held_out_rows, config.batch_size, encode.Row([], []),
-                              lambda rows: batches.collate_demonstrations(rows, limits.tokens))
+                              lambda rows: batches.collate_demonstrations(rows, limits.tokens), run.runner.part)
   fresh = lambda: initial_params(run.policy, jax.random.key(experiment.seed))
   start = fresh if run.pretrained is None else lambda: jax.tree.map(jnp.asarray, run.pretrained)
   state, measured = descend(run, NAME, config, model=run.policy, loss_fn=cross_entropy(run.policy), make_params=start,

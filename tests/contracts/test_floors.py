@@ -15,7 +15,7 @@ FLOORS = [
   ('losses',),
   ('optimizer', 'step', 'update', 'generate', 'experience', 'rewards'),
   ('runners',),
-  ('data', 'checkpoint', 'metrics', 'startup'),
+  ('data', 'checkpoint', 'metrics', 'processes', 'startup'),
   ('config', 'handoff', 'stages', 'report', 'cli'),
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 SETTINGS = {
   'preset': 'nano', 'data.limits.too-long': 'truncate', 'data.limits.prompt-tokens': 48,
   'world.demonstrations': 300, 'world.ranked-prompts': 80, 'world.answers-per-prompt': 2,
-  'sft.steps': 240, 'sft.batch-size': 16, 'sft.evaluate-every': 80, 'sft.checkpoint-every': 25,
-  'reward.steps': 160, 'reward.batch-size': 8, 'reward.evaluate-every': 80, 'reward.checkpoint-every': 10,
-  'ppo.iterations': 32, 'ppo.batch-size': 16, 'ppo.epochs': 2, 'ppo.held-out-answers': 1, 'ppo.checkpoint-every': 3,
+  'sft.steps': 120, 'sft.batch-size': 16, 'sft.evaluate-every': 60, 'sft.checkpoint-every': 25,
+  'reward.steps': 100, 'reward.batch-size': 8, 'reward.evaluate-every': 50, 'reward.checkpoint-every': 10,
+  'ppo.iterations': 20, 'ppo.batch-size': 16, 'ppo.epochs': 2, 'ppo.held-out-answers': 1, 'ppo.checkpoint-every': 3,
   'ppo.kl-target-nats-per-sequence': 6, 'ppo.kl-horizon-episodes': 100,
 }
 FLAGS = ['--no-tensorboard', '--no-export', *(f'--{name}={value}' for name, value in SETTINGS.items())]
@@ -63,14 +64,15 @@ def stopped_in(directory, stage, count, how):
 def test_killed_in_each_stage_it_ends_in_the_same_table(tmp_path):
   _, expected = run_to_the_end(tmp_path / 'whole')
   broken = tmp_path / 'broken'
-  assert stopped_in(broken, 'sft', 60, signal.SIGKILL)[0] == -signal.SIGKILL
+  assert stopped_in(broken, 'sft', 30, signal.SIGKILL)[0] == -signal.SIGKILL
   assert not (broken / 'reward').exists()
   status, said = stopped_in(broken, 'reward', 3, signal.SIGINT)                 # before its first checkpoint
   assert status == 130
   assert f'Stopped. The same command goes on from the last checkpoint in {broken}.' in said and 'Traceback' not in said
   assert 'sft: finished before' not in said and not (broken / 'ppo').exists()
-  assert stopped_in(broken, 'reward', 40, signal.SIGKILL)[0] == -signal.SIGKILL
-  assert stopped_in(broken, 'ppo', 8, signal.SIGKILL)[0] == -signal.SIGKILL
+  assert stopped_in(broken, 'reward', 25, signal.SIGKILL)[0] == -signal.SIGKILL
+  status, said = stopped_in(broken, 'ppo', 5, signal.SIGTERM)                   # asked to stop: it saves, and says so
+  assert status == 75 and re.search(r'Stopped as asked: ppo iteration \d+ is saved\. The same command goes on', said), said
 
   said, results = run_to_the_end(broken)
   assert 'sft: finished before, skipped' in said and 'reward: finished before, skipped' in said

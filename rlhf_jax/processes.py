@@ -1,0 +1,175 @@
+"""Several processes that compute one run: how they find each other, wait for each other, and stop together.
+
+On a TPU pod every host is a process. All run the same program and call the same compiled functions; the first alone
+writes files and speaks. When one is lost, JAX's coordination service ends the others, after `lost_s` seconds at most, and
+names it. Absent on purpose: which rows and weights a process holds (`runners.py`). Next: `cli.py`.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import time
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from rlhf_jax.errors import ConfigError, ProcessError
+
+_MEET_S = 1800  # the slowest thing that one process does while others wait: reading and tokenizing the data
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessesConfig:
+  """How the processes of one run find each other."""
+  coordinator: str | None = None  # None: one process; auto: as the TPU pod or SLURM says; HOST:PORT of process 0
+  count: int | None = None  # HOST:PORT: how many processes there are
+  index: int | None = None  # HOST:PORT: which of them this is, from 0
+  join_s: int = 300  # seconds to wait until all have joined
+  lost_s: int = 60  # seconds without a sign of life after which a process counts as lost, and the others end
+
+  def __post_init__(self):
+    explicit = self.coordinator not in (None, 'auto')
+    if explicit and (self.count is None or self.index is None):
+      raise ConfigError(f'--processes.coordinator {self.coordinator} without --processes.count and --processes.index. Say '
+                        'how many processes there are and which of them this is, or pass --processes.coordinator auto.')
+    if not explicit and (self.count, self.index) != (None, None):
+      raise ConfigError(f'--processes.count {self.count} and --processes.index {self.index} without an address. Pass '
+                        '--processes.coordinator HOST:PORT, the same for all, where process 0 runs.')
+    if explicit and not 0 <= self.index < self.count:
+      raise ConfigError(f'--processes.index {self.index} of --processes.count {self.count}. Indices go from 0 to count - 1.')
+    if explicit and not (self.coordinator.rpartition(':')[0] and self.coordinator.rpartition(':')[2].isdigit()):
+      raise ConfigError(f'--processes.coordinator {self.coordinator!r} is no address. Pass HOST:PORT, or auto on a TPU pod.')
+
+
+def join(config):
+  """Returns when all processes of the run are there; comes before any computing.
+
+  From then on only the first one prints, and SIGTERM, which a machine sends that is taken away, is noted for `stop_asked`.
+  """
+  if config.coordinator is None:
+    signal.signal(signal.SIGTERM, _note_stop)                                   # with several, JAX's preemption service does
+    return
+  where = {}
+  if config.coordinator != 'auto':
+    where = {'coordinator_address': config.coordinator, 'num_processes': config.count, 'process_id': config.index}
+    _roll_call(config)
+  try:
+    jax.distributed.initialize(**where, initialization_timeout=config.join_s, heartbeat_timeout_seconds=config.lost_s)
+  except ValueError as error:
+    raise ConfigError(f'--processes.coordinator auto, but nothing here says how many processes there are ({error}). On a '
+                      'TPU pod or under SLURM it is found; elsewhere pass HOST:PORT, --processes.count and '
+                      '--processes.index.') from error
+  if not is_first():
+    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  for as long as the process lives
+
+
+def _roll_call(config):
+  """Returns when every process has said its index to process 0, at the address where JAX's own service listens next.
+
+  JAX would end the process with an abort that does not say who is missing.
+  """
+  host, _, port = config.coordinator.rpartition(':')
+  deadline = time.monotonic() + config.join_s
+  found = (_call(int(port), config.count, deadline) if config.index == 0 else
+           _answer((host, int(port)), config.index, deadline))
+  if found is None:
+    raise ProcessError(f'process 0 does not answer at {config.coordinator} after {config.join_s} s. Start it there, with '
+                       '--processes.index 0 and the same other flags, or mend the address.')
+  if found:
+    raise ProcessError(f'process {" and ".join(map(str, found))} of {config.count} did not join within {config.join_s} s. '
+                       'Look at its own output, and start all of them together; --processes.join-s waits longer.')
+
+
+def _call(port, count, deadline):
+  """Process 0's side: the indices that are missing, which it tells those that came."""
+  came = {}
+  with socket.create_server(('', port)) as door, contextlib.ExitStack() as stack:
+    while len(came) < count - 1 and (left := deadline - time.monotonic()) > 0:
+      door.settimeout(left)
+      with contextlib.suppress(OSError, ValueError):                            # what is no process of this run
+        connection, _ = door.accept()
+        stack.enter_context(connection)
+        connection.settimeout(5)
+        came[int(connection.makefile().readline())] = connection
+    missing = sorted(set(range(1, count)) - set(came))
+    for connection in came.values():
+      with contextlib.suppress(OSError):
+        connection.sendall(json.dumps(missing).encode() + b'\n')
+        connection.recv(1)                                                      # until it closes: then the port is free
+  return missing
+
+
+def _answer(address, index, deadline):
+  """The other side: the indices that are missing, or None where process 0 is."""
+  while (left := deadline - time.monotonic()) > 0:
+    with contextlib.suppress(OSError, ValueError), socket.create_connection(address, timeout=left) as connection:
+      connection.sendall(f'{index}\n'.encode())
+      connection.settimeout(left + 5)                                           # process 0 may have begun later
+      return json.loads(connection.makefile().readline())
+    time.sleep(0.2)
+  return None
+
+
+def are_several():
+  """Whether the run has more processes than this one. Asks no device."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_first():
+  """Whether this process writes files and speaks."""
+  return not are_several() or jax.process_index() == 0
+
+
+def meet(name):
+  """Returns when all processes are here; raises ProcessError where one does not come."""
+  if not are_several():
+    return
+  try:
+    ocp.multihost.sync_global_processes(name, timeout=_MEET_S)
+  except jax.errors.JaxRuntimeError as error:
+    raise ProcessError(f'not all processes came to {name!r} within {_MEET_S} s ({error}). Look at the output of the one '
+                       'that did not, and start all of them again.') from error
+
+
+def once(name, do):
+  """do() in the first process alone; the others wait for it. What it writes is there for all afterwards."""
+  if is_first():
+    do()
+  meet(name)
+
+
+def leave(status, wait_s=5):
+  """Exits. From a run of several processes without the usual goodbyes: they would wait for the others, which wait for it.
+
+  Those that leave too within `wait_s` seconds leave together. Where a lost process is the reason, JAX says so meanwhile.
+  """
+  if not are_several():
+    sys.exit(status)
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    ocp.multihost.sync_global_processes('leave', timeout=wait_s)
+  sys.stderr.flush()
+  os._exit(status)
+
+
+_stop_asked = False
+_rounds = itertools.count(1)
+
+
+def _note_stop(number, frame):
+  global _stop_asked
+  _stop_asked = True
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)                                  # a second one ends at once
+
+
+def stop_asked():
+  """Whether to save and stop now: the same answer in all processes. All call it, once a step."""
+  global _stop_asked
+  if are_several() and not _stop_asked:
+    _stop_asked = multihost_utils.reached_preemption_sync_point(next(_rounds))
+  return _stop_asked

@@ -1,0 +1,184 @@
+"""Two and four real processes compute what one does, stop together when one is asked to, and never wait for the dead."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from small import UNTIMED
+
+from rlhf_jax.checkpoint import _read_record
+from rlhf_jax.errors import ConfigError, ProcessError
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.processes import ProcessesConfig, join
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+# The small task as an experiment module. SFT is long, so that a signal sent early in it arrives in it, and learns slowly, so
+# that the rounding of one process and of four is the same to six digits at its end.
+PROGRAM = '''
+import small
+from rlhf_jax import cli
+from rlhf_jax.model import config
+config.PRESETS.update(small.PRESETS)
+experiment = small.experiment(sft__steps=60, sft__checkpoint_every=25, sft__evaluate_every=30, reward__steps=2,
+                              ppo__iterations=2, sft__optimizer__learning_rate=0.002)
+cli.main(experiment, small.task, 'The small task.')
+'''
+DEVICES = 4
+
+
+def free_port():
+  with socket.create_server(('127.0.0.1', 0)) as door:
+    return door.getsockname()[1]
+
+
+def start(directory, count, *flags):
+  """`count` processes of the run in that directory, with 4 devices together."""
+  environment = os.environ | {
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES // count}', 'NPROC': '16',
+    'PYTHONPATH': os.pathsep.join((str(ROOT), str(ROOT / 'tests')))}
+  address = f'127.0.0.1:{free_port()}'
+  where = lambda index: () if count == 1 else (
+    '--processes.coordinator', address, '--processes.count', str(count), '--processes.index', str(index),
+    '--processes.lost-s', '10')
+  command = [sys.executable, '-c', PROGRAM, '--run-dir', str(directory), '--no-export', '--mesh.runner', 'sharded', *flags]
+  return [subprocess.Popen([*command, *where(index)], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True) for index in range(count)]
+
+
+def ends(group, timeout=180):
+  """[(exit status, output)] of the processes, all of which are over afterwards."""
+  try:
+    said = [process.communicate(timeout=timeout)[0] for process in group]
+  finally:
+    for process in group:
+      process.kill()
+  return [(process.returncode, text) for process, text in zip(group, said, strict=True)]
+
+
+def runs_to_the_end(directory, count, *flags):
+  found = ends(start(directory, count, *flags))
+  assert [status for status, _ in found] == [0] * count, found
+  return found
+
+
+def wait_for_rows(group, directory, count):
+  """Until SFT has written the metrics of so many steps."""
+  path, deadline = directory / 'sft' / 'metrics.jsonl', time.monotonic() + 120
+  while not path.exists() or path.read_bytes().count(b'\n') < count:
+    assert all(process.poll() is None for process in group), ends(group)
+    assert time.monotonic() < deadline, f'{path} has no {count} lines after two minutes'
+    time.sleep(0.005)
+
+
+def timeless(directory, stage):
+  return [{name: x for name, x in row.items() if name not in UNTIMED} for row in read_metrics(directory / stage)]
+
+
+def leaves(directory, stage):
+  """{name: shape, dtype and digest} of the last checkpoint of a stage."""
+  newest = max(int(path.name) for path in (directory / stage / 'checkpoints').iterdir() if path.name.isdigit())
+  return _read_record(directory / stage / 'checkpoints', newest)['leaves']
+
+
+def assert_same_losses(a, b):
+  for stage in ('sft', 'reward', 'ppo'):
+    mine, other = timeless(a, stage), timeless(b, stage)
+    assert [row['step'] for row in mine] == [row['step'] for row in other]
+    for name in ('loss', 'held_out/loss', 'score', 'kl_nats_per_sequence'):
+      x, y = ([row[name] for row in rows if name in row] for rows in (mine, other))
+      np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6, err_msg=f'{stage} {name}')
+
+
+def test_two_processes_stop_together_and_go_on_exactly_and_four_go_on_too(tmp_path):
+  alone, two, stopped = (tmp_path / name for name in ('alone', 'two', 'stopped'))
+  runs_to_the_end(alone, 1, '--mesh.fsdp', '2')
+  (_, first), (_, second) = runs_to_the_end(two, 2, '--mesh.fsdp', '2')
+  assert 'sft: ' in first and 'results.json' in first
+  assert 'sft' not in second                                                    # the first speaks for all
+  assert_same_losses(alone, two)
+
+  group = start(stopped, 2, '--mesh.fsdp', '2')
+  wait_for_rows(group, stopped, 5)
+  group[1].send_signal(signal.SIGTERM)
+  found = ends(group)
+  assert [status for status, _ in found] == [75, 75], found
+  assert 'Stopped as asked: sft step ' in found[0][1] and 'is saved' in found[0][1]
+  assert not (stopped / 'reward').exists()
+
+  four = tmp_path / 'four'
+  shutil.copytree(stopped, four)
+  runs_to_the_end(stopped, 2, '--mesh.fsdp', '2', '--stages', 'sft')
+  assert timeless(stopped, 'sft') == timeless(two, 'sft')
+  assert leaves(stopped, 'sft') == leaves(two, 'sft')                           # to the bit
+  runs_to_the_end(four, 4, '--mesh.fsdp', '4')                                   # more processes, another mesh
+  assert_same_losses(alone, four)
+  assert json.loads((four / 'experiment.json').read_text())['mesh']['fsdp'] == 4
+
+
+def test_a_killed_process_ends_the_other_which_names_it(tmp_path):
+  group = start(tmp_path, 2, '--sft.steps', '100000')
+  wait_for_rows(group, tmp_path, 3)
+  group[1].kill()
+  began = time.monotonic()
+  (status, said), _ = ends(group, timeout=60)
+  assert status not in (0, 75)
+  assert time.monotonic() - began < 40                                          # lost_s is 10, and it writes a long farewell
+  assert 'tasks are unhealthy (stopped sending heartbeats):\n1\n' in said
+
+
+def calls(configs):
+  """What `join` raises in a thread for each config, by index."""
+  raised = {}
+
+  def call(config):
+    try:
+      join(config)
+    except ProcessError as error:
+      raised[config.index] = str(error)
+  threads = [threading.Thread(target=call, args=(config,)) for config in configs]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  return raised
+
+
+def test_who_does_not_join_is_named_to_all_who_did():
+  address = f'127.0.0.1:{free_port()}'
+  came = [ProcessesConfig(address, count=4, index=index, join_s=2) for index in (0, 2)]
+  message = 'process 1 and 3 of 4 did not join within 2 s. Look at its own output'
+  raised = calls(came)
+  assert raised.keys() == {0, 2} and all(text.startswith(message) for text in raised.values()), raised
+
+
+def test_a_first_process_that_is_not_there_is_named_with_its_address():
+  address = f'127.0.0.1:{free_port()}'
+  raised = calls([ProcessesConfig(address, count=2, index=1, join_s=1)])
+  assert raised[1].startswith(f'process 0 does not answer at {address} after 1 s.')
+
+
+@pytest.mark.parametrize('settings, message', [
+  ({'coordinator': 'here:1'}, '--processes.coordinator here:1 without --processes.count and --processes.index'),
+  ({'count': 2, 'index': 0}, '--processes.count 2 and --processes.index 0 without an address'),
+  ({'coordinator': 'auto', 'index': 0}, 'without an address'),
+  ({'coordinator': 'here:1', 'count': 2, 'index': 2}, '--processes.index 2 of --processes.count 2'),
+  ({'coordinator': 'here', 'count': 2, 'index': 1}, "'here' is no address"),
+  ({'coordinator': ':80', 'count': 2, 'index': 1}, "':80' is no address"),
+])
+def test_bad_settings(settings, message):
+  with pytest.raises(ConfigError, match=message):
+    ProcessesConfig(**settings)
+
+
+def test_nothing_to_detect():
+  with pytest.raises(ConfigError, match='nothing here says how many processes there are'):
+    join(ProcessesConfig('auto', join_s=1))
