@@ -7,6 +7,7 @@ skipped, an unfinished one goes on from its newest checkpoint.
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import pathlib
 import shutil
@@ -16,7 +17,6 @@ import traceback
 from typing import Literal
 
 import jax
-import numpy as np
 
 from rlhf_jax import config as configs
 from rlhf_jax import processes, report, runners
@@ -136,7 +136,9 @@ def prepare(experiment, make_task, directory):
   pretrained, tokenizer_dir = None, directory / 'tokenizer'
   runtime = {'dtype': experiment.dtype, 'attention': experiment.attention, 'remat': experiment.remat}
   if experiment.pretrained is not None:
-    model_config, pretrained = huggingface.load(experiment.pretrained, **runtime)
+    model_config = huggingface.read_config(experiment.pretrained, **runtime)
+    huggingface.find_weights(experiment.pretrained, model_config)                # says now what is missing, not at the stage
+    pretrained = functools.partial(huggingface.load, experiment.pretrained, model_config)
     tokenizer = load_tokenizer(experiment.pretrained)
   else:
     model_config = preset(experiment.preset, **runtime)
@@ -240,14 +242,13 @@ def _export(run, name):
   model = run.reward if name == 'reward' else run.policy
   target = run.stage(name) / 'export'
   unfinished = target.with_suffix('.unfinished')
-  params = jax.tree.map(np.asarray, run.runner.fetch(params))
+  huggingface.save(unfinished, model.config, params, kind=kind, end_token=run.tokenizer.eos_token_id,
+                   pad_token=pad_token(run.tokenizer), fetch=run.runner.fetch)
 
-  def write():
-    huggingface.save(unfinished, model.config, params, kind=kind, end_token=run.tokenizer.eos_token_id,
-                     pad_token=pad_token(run.tokenizer))
+  def finish():
     save_tokenizer(run.tokenizer, unfinished)
     unfinished.rename(target)
-  processes.once(f'exported {name}', write)
+  processes.once(f'exported {name}', finish)
 
 
 def _earlier_results(directory):

@@ -91,6 +91,9 @@ class Runner:
 
   def initialise(self, make, *args):
     """make(*args), a tree of 'params', born sharded: no device ever holds the whole of it."""
+    whole = NamedSharding(self.mesh, PartitionSpec())
+    if not whole.is_fully_addressable:                                           # each process has made keys of its own
+      args = jax.tree.map(lambda x: _put(x, whole, np.shape(x)) if _is_local(x) else x, args)
     return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, *args), 'params'))(*args)
 
   def abstract(self, make, *args):

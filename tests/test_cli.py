@@ -68,8 +68,8 @@ def test_an_export_that_a_kill_prevented_is_made_up_for(whole, tmp_path):
   copy(directory, tmp_path)
   shutil.rmtree(tmp_path / 'sft' / 'export')
   run(tmp_path, export=True, stages=('sft',))
-  _, found = huggingface.load(tmp_path / 'sft' / 'export')
-  _, expected = huggingface.load(directory / 'sft' / 'export')
+  found, expected = (huggingface.load(where, huggingface.read_config(where))
+                     for where in (tmp_path / 'sft' / 'export', directory / 'sft' / 'export'))
   jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -192,6 +192,15 @@ def test_ppo_needs_sft(tmp_path):
 def test_a_stage_that_does_not_exist(tmp_path):
   with pytest.raises(ConfigError, match=r"there is no stage 'dpo'\. Choose from: sft, reward, ppo"):
     run(tmp_path, stages=('sft', 'dpo'))
+
+
+def test_weights_that_are_cut_short_stop_the_command_before_a_stage_begins(whole, tmp_path, capsys):
+  start = copy(whole[0] / 'sft' / 'export', tmp_path / 'model') / 'model.safetensors'
+  start.write_bytes(start.read_bytes()[:-1])
+  with pytest.raises(SystemExit, match='2'):
+    main(tmp_path / 'run', '--pretrained', start.parent)
+  assert f'CheckpointError: {start} is damaged' in capsys.readouterr().err
+  assert not (tmp_path / 'run' / 'sft').exists()
 
 
 def test_a_checkpoint_of_another_model(whole, tmp_path):

@@ -2,11 +2,14 @@
 
 A row is (ours, theirs, layout): the suffix of our name says our axes, the layout says theirs in the same letters.
 'NH D' is a matrix of N x H rows and D columns, head by head; '3NH D' holds three of ours one after the other, 'N3H D'
-interleaves them head by head. From a row follow shapes, reading and writing. Configs are translated in
-`huggingface_config.py`. Tokenizers are not read or written here.
+interleaves them head by head. From a row follow shapes, reading and writing. Nothing here holds a whole model on the
+host: a device's part of a parameter is read, sent and forgotten, and files are written one by one. Configs are
+translated in `huggingface_config.py`. Tokenizers are not read or written here.
 """
 
+import collections
 import functools
+import itertools
 import json
 import math
 import re
@@ -105,54 +108,110 @@ _STORED_DTYPES = {'F64', 'F32', 'F16', 'BF16'}
 _FILES = ['config.json', 'model.safetensors', 'model-*.safetensors', 'model.safetensors.index.json']
 
 
-def load(path, *, kind='language', **config_changes):
-  """(ModelConfig, float32 NumPy parameters) of a local directory or a model of the Hub; fields of the config replaced.
+class _Stored(NamedTuple):
+  """Where a tensor is, and what its file says of it."""
+  file: Path
+  name: str  # in the file
+  shape: tuple
+  dtype: str
 
-  kind 'language' reads a `...ForCausalLM`, 'scalar' a `...ForSequenceClassification` of one label, whose bias is the
-  key `score_bias` of config.json, 0 without it. Raises CheckpointError that names the file or tensor which is missing,
-  damaged, of another shape or too much, and ConfigError for a model that this package does not compute.
+
+def read_config(path, **changes):
+  """The ModelConfig of a local directory or a model of the Hub, with fields replaced. No weights are read or fetched.
+
+  Raises ConfigError for a model that this package does not compute.
+  """
+  return config_from_huggingface(_json(_local(path, _FILES[:1]) / 'config.json'), **changes)
+
+
+def find_weights(path, config, *, kind='language'):
+  """{tensor name as the table has it: where it is stored} for a model of that config; reads no more than the headers.
+
+  kind 'language' is a `...ForCausalLM`, 'scalar' a `...ForSequenceClassification` of one label. Raises CheckpointError
+  that names the file or tensor which is missing, cut short, of another shape or dtype, or too much.
   """
   check_kind(kind)
-  directory = _local(path)
-  config_json = _json(directory / 'config.json')
-  config = config_from_huggingface(config_json, **config_changes)
+  directory = _local(path, _FILES)
   stored = _stored(directory, config)
   if (kind == 'scalar') != ('score.weight' in stored):
     raise CheckpointError(f"{directory} holds a {'language' if kind == 'scalar' else 'reward or value'} model: it has "
                           f"{'no' if kind == 'scalar' else 'a'} score.weight. Load it with kind="
                           f"{'language' if kind == 'scalar' else 'scalar'!r}.")
-  return config, _read(config, kind, stored, directory, float(config_json.get('score_bias') or 0))
+  rows = _rows(config, kind) + _copies_of_the_embedding(config, kind, stored)
+  shapes = {row.theirs.format(layer): _shape(row, config) for row in rows for layer in _layers(row, config)}
+  for name, shape in shapes.items():
+    _check(name, shape, stored, directory)
+  extra = sorted(stored.keys() - shapes.keys())
+  if extra:
+    raise CheckpointError(f'{directory} has a tensor {stored[extra[0]].name}, of which a {config.family} with this '
+                          f'config.json has no use ({len(extra)} such). Check that config.json belongs to these files.')
+  return stored
 
 
-def save(directory, config, params, *, kind, end_token=None, pad_token=None, dtype='float32', shard_bytes=5 * 2**30):
+def load(path, config, *, kind='language', shardings=None):
+  """float32 parameters of a model, each born with its sharding in the tree `shardings`; None: all on one local device.
+
+  `path` and `kind` are those of `find_weights`, whose errors this raises; `config` is that of `read_config`. A process
+  reads what its own devices need, and the host holds one device's part of one parameter (its layers stacked) at a time.
+  Of a fused tensor q, k and v are read on their own, except where heads interleave them ('N3H'): there each takes its
+  heads' whole blocks, so that tensor is read three times. The bias of a scalar model is the key `score_bias` of
+  config.json, 0 without it.
+  """
+  stored, needed = find_weights(path, config, kind=kind), _needed(config, kind)
+  if shardings is None:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    at = dict.fromkeys((tree_path for tree_path, _ in needed.values()), here)
+  else:
+    at = flax.traverse_util.flatten_dict(shardings)
+  for row in _copies_of_the_embedding(config, kind, stored):
+    tree_path, shape = needed['embedding_VD']
+    _check_copy(row, config, stored, _parts(shape, at[tree_path]))
+  params = {}
+  for row in _rows(config, kind):
+    for fused, name in enumerate(row.ours.split()):
+      tree_path, shape = needed[name]
+      params[tree_path] = _born(shape, at[tree_path], functools.partial(_part, row, fused, config, stored))
+  if kind == 'scalar':
+    tree_path, shape = needed['bias']
+    score_bias = _json(_local(path, _FILES) / 'config.json').get('score_bias') or 0
+    params[tree_path] = _born(shape, at[tree_path], lambda _: np.float32(score_bias))
+  return flax.traverse_util.unflatten_dict(params)
+
+
+def save(directory, config, params, *, kind, end_token=None, pad_token=None, dtype='float32', shard_bytes=2**30,
+         fetch=jax.device_get):
   """Writes parameters where transformers and vLLM can load them: config.json and safetensors, more than one if large.
 
   Weights that a directory already holds are replaced. A reward model becomes a `...ForSequenceClassification` with one
   label, which has no bias: transformers computes the score less `score_bias`, a key of config.json that `load` reads.
   `end_token` and `pad_token` are described in `config_to_huggingface`.
+
+  Parameters may be sharded: `fetch` brings one layer of one of them to the host at a time. safetensors writes a file
+  from memory, so the host holds that layer and one file, of `shard_bytes` or of one tensor that is larger. All processes
+  call this, since a fetch may need them all; the first one writes.
   """
   config_json = config_to_huggingface(config, kind=kind, dtype=dtype, end_token=end_token, pad_token=pad_token)
-  arrays = _checked_leaves(config, kind, params)
+  leaves = _checked_leaves(config, kind, params)
   if kind == 'scalar':
-    config_json['score_bias'] = float(arrays['bias'])
-  directory, item = Path(directory), jax.numpy.dtype(dtype)
-  directory.mkdir(parents=True, exist_ok=True)
-  for pattern in _FILES[1:]:
-    for old in directory.glob(pattern):
-      old.unlink()
+    config_json['score_bias'] = float(fetch(leaves['bias']))
+  directory, item, writes = Path(directory), jax.numpy.dtype(dtype), jax.process_index() == 0
+  if writes:
+    _clear(directory)
   places = [(row, layer) for row in _rows(config, kind) for layer in _layers(row, config)]
   shards = _shards(places, [math.prod(_shape(row, config)) * item.itemsize for row, _ in places], shard_bytes)
   weight_map = {}
   for i, shard in enumerate(shards):
     file = 'model.safetensors' if len(shards) == 1 else f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
-    tensors = {row.theirs.format(layer): _to_theirs(row, layer, arrays, config, item) for row, layer in shard}
-    safetensors.numpy.save_file(tensors, directory / file, metadata={'format': 'pt'})
+    tensors = {row.theirs.format(layer): _to_theirs(row, layer, leaves, config, item, fetch) for row, layer in shard}
+    if writes:
+      safetensors.numpy.save_file(tensors, directory / file, metadata={'format': 'pt'})
     weight_map |= dict.fromkeys(tensors, file)
-  if len(shards) > 1:
+    del tensors  # before the next file is put together
+  if writes and len(shards) > 1:
     size = sum(math.prod(_shape(row, config)) for row, _ in places) * item.itemsize
-    index = {'metadata': {'total_size': size}, 'weight_map': weight_map}
-    (directory / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
-  (directory / 'config.json').write_text(json.dumps(config_json, indent=2) + '\n')
+    _write_json(directory / 'model.safetensors.index.json', {'metadata': {'total_size': size}, 'weight_map': weight_map})
+  if writes:
+    _write_json(directory / 'config.json', config_json)
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -200,27 +259,20 @@ def _shape(row, config):
   return tuple(math.prod(_size(letter, config) for letter in group) for group in _groups(row))
 
 
-def _to_ours(row, tensor, config):
-  """Theirs as ours, stacked along the first axis."""
-  axes = ''.join(_groups(row))
-  return tensor.reshape([_size(letter, config) for letter in axes]).transpose([axes.index(x) for x in _letters(row)])
-
-
-def _to_theirs(row, layer, arrays, config, dtype):
-  """Ours as theirs. Contiguous: safetensors writes the memory of an array, whatever its strides."""
-  stacked = np.stack([arrays[name] if layer is None else arrays[name][layer] for name in row.ours.split()])
-  merged = stacked.transpose([_letters(row).index(x) for x in ''.join(_groups(row))]).reshape(_shape(row, config))
-  return np.ascontiguousarray(merged.astype(dtype))
+def _copies_of_the_embedding(config, kind, stored):
+  """The row of the unembedding, as a list, where a tied model stores it too. It has to be the embedding."""
+  table = _TABLES[config.family] if kind == 'language' and config.tied else ()
+  return [row._replace(ours='embedding_VD') for row in table if row.ours == 'unembed_DV' and row.theirs in stored]
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
-def _local(path):
-  """A directory: the path itself, or where the Hub's files of that name are kept."""
+def _local(path, files):
+  """A directory: the path itself, or where the Hub's files of these patterns are kept."""
   if Path(path).is_dir():
     return Path(path)
   try:
-    return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=_FILES))
+    return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=files))
   except (OSError, huggingface_hub.errors.HFValidationError) as error:
     raise CheckpointError(f'{path} is not a directory, and the Hugging Face Hub gives no model of that name '
                           f'({type(error).__name__}). Pass a directory with config.json and safetensors, or a name '
@@ -247,7 +299,7 @@ def _open(file):
 
 
 def _stored(directory, config):
-  """{tensor name as the table has it: (open file, name in the file)}, less buffers that are not parameters."""
+  """{tensor name as the table has it: where it is}, less buffers that are not parameters. Opens every file once."""
   index = directory / 'model.safetensors.index.json'
   if (directory / 'model.safetensors').is_file() or not index.is_file():
     names = ['model.safetensors']
@@ -257,10 +309,12 @@ def _stored(directory, config):
       raise CheckpointError(f"{index} has no 'weight_map' of tensors to files. Copy it again.")
     names = sorted(set(weight_map.values()))
   stored = {}
-  for file in (_open(directory / name) for name in names):
-    for name in file.keys():  # noqa: SIM118, it is no dict
-      if not _NOT_A_PARAMETER.search(name):
-        stored[_table_name(name, config)] = (file, name)
+  for path in (directory / name for name in names):
+    with _open(path) as file:
+      for name in file.keys():  # noqa: SIM118, it is no dict
+        if not _NOT_A_PARAMETER.search(name):
+          about = file.get_slice(name)
+          stored[_table_name(name, config)] = _Stored(path, name, tuple(about.get_shape()), about.get_dtype())
   return stored
 
 
@@ -272,54 +326,87 @@ def _table_name(name, config):
   return name if name in tops or name.startswith(prefix) else prefix + name
 
 
-def _read(config, kind, stored, directory, score_bias):
-  """Parameters from tensors, one tensor in memory at a time besides the result."""
-  needed = _needed(config, kind)
-  arrays = {name: np.empty(shape, np.float32) for name, (_, shape) in needed.items()}
-  left = dict(stored)
-  for row in _rows(config, kind):
-    for layer in _layers(row, config):
-      tensor = _take(row.theirs.format(layer), _shape(row, config), left, directory)
-      for name, ours in zip(row.ours.split(), _to_ours(row, tensor, config), strict=True):
-        arrays[name][... if layer is None else layer] = ours
-  if kind == 'scalar':
-    arrays['bias'][...] = score_bias
-  elif config.tied:
-    _drop_tied(left, arrays['embedding_VD'], config, directory)
-  if left:
-    _, name = left[min(left)]
-    raise CheckpointError(f'{directory} has a tensor {name}, of which a {config.family} with this config.json has no '
-                          f'use ({len(left)} such). Check that config.json belongs to these files.')
-  return flax.traverse_util.unflatten_dict({path: arrays[name] for name, (path, _) in needed.items()})
-
-
-def _take(name, shape, left, directory):
-  if name not in left:
+def _check(name, shape, stored, directory):
+  """CheckpointError unless the tensor is there, in that shape and in a dtype that can be read."""
+  if name not in stored:
     raise CheckpointError(f'{directory} has no tensor {name}, needed with shape {shape}. Check that config.json '
                           'belongs to these files and that none is missing.')
-  file, stored_name = left.pop(name)
-  about = file.get_slice(stored_name)
-  if tuple(about.get_shape()) != shape:
-    raise CheckpointError(f'{directory}: tensor {stored_name} has shape {tuple(about.get_shape())}, but config.json '
-                          f'asks for {shape}. Check that they belong together.')
-  if about.get_dtype() not in _STORED_DTYPES:
-    raise CheckpointError(f'{directory}: tensor {stored_name} has dtype {about.get_dtype()}. Supported are '
+  found = stored[name]
+  if found.shape != shape:
+    raise CheckpointError(f'{directory}: tensor {found.name} has shape {found.shape}, but config.json asks for {shape}. '
+                          'Check that they belong together.')
+  if found.dtype not in _STORED_DTYPES:
+    raise CheckpointError(f'{directory}: tensor {found.name} has dtype {found.dtype}. Supported are '
                           f'{", ".join(sorted(_STORED_DTYPES))}; convert it to one of them.')
-  return file.get_tensor(stored_name).astype(np.float32)
 
 
-def _drop_tied(left, embedding_VD, config, directory):
-  """A tied model may store its unembedding too, if it is the embedding."""
-  name = next(row.theirs for row in _TABLES[config.family] if row.ours == 'unembed_DV')
-  if name in left and not np.array_equal(_take(name, embedding_VD.shape, left, directory), embedding_VD):
-    raise CheckpointError(f'{directory}: {name} differs from the embedding, but config.json has tie_word_embeddings '
-                          'true. Load it with tied=False, or remove the one that is wrong.')
+def _check_copy(row, config, stored, parts):
+  """CheckpointError unless the tensor of that row is the embedding, in the parts that this process reads."""
+  embedding = next(other for other in _TABLES[config.family] if other.ours == 'embedding_VD')
+  for ranges in parts:
+    if not np.array_equal(*(_part(either, 0, config, stored, ranges) for either in (embedding, row))):
+      raise CheckpointError(f'{stored[row.theirs].file.parent}: {row.theirs} differs from the embedding, but config.json '
+                            'has tie_word_embeddings true. Load it with tied=False, or remove the one that is wrong.')
+
+
+def _parts(shape, sharding):
+  """{part: the local devices that hold it}; a part is one range of indices an axis."""
+  parts = collections.defaultdict(list)
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
+    parts[tuple(range(size)[along] for size, along in zip(shape, index, strict=True))].append(device)
+  return parts
+
+
+def _born(shape, sharding, read):
+  """The float32 array whose parts are read(ranges): each is read once, and is on its devices before the next is read."""
+  arrays = []
+  for ranges, devices in _parts(shape, sharding).items():
+    part = read(ranges)
+    arrays += [jax.device_put(part, device) for device in devices]
+    jax.block_until_ready(arrays)
+    del part  # before the next one is made
+  return jax.make_array_from_single_device_arrays(shape, sharding, arrays, dtype=np.float32)
+
+
+def _part(row, fused, config, stored, ranges):
+  """The part `ranges` of the parameter that is at index `fused` of a row's, layer by layer."""
+  part = np.empty([len(along) for along in ranges], np.float32)
+  by_layer = '{}' in row.theirs
+  for i, layer in enumerate(ranges[0]) if by_layer else [(..., None)]:
+    part[i] = _layer_part(row, fused, config, stored[row.theirs.format(layer)], ranges[by_layer:])
+  return part
+
+
+def _layer_part(row, fused, config, tensor, ranges):
+  """The same of one layer, in the dtype of the file."""
+  wanted = dict(zip(_letters(row), (range(fused, fused + 1), *ranges), strict=True))
+  reads, shapes, cuts = zip(*(_window(group, wanted, config) for group in _groups(row)))
+  with _open(tensor.file) as file:  # for this read alone, or all that was ever read would stay mapped
+    found = file.get_slice(tensor.name)[reads]
+  found = found.reshape([*itertools.chain(*shapes)])[tuple(itertools.chain(*cuts))]
+  axes = ''.join(_groups(row))
+  return found.transpose([axes.index(letter) for letter in _letters(row)])[0]
+
+
+def _window(group, wanted, config):
+  """Of one axis of theirs: the slice to read, the axes of ours that it unfolds to, and the slices wanted of these.
+
+  What is wanted of 'NH' is one run of theirs. Of 'N3H' it is many, so the run of whole blocks around it is read and cut:
+  the blocks are of the first letter of which more than one is wanted.
+  """
+  sizes, ranges = [_size(letter, config) for letter in group], [wanted[letter] for letter in group]
+  outer = next((i for i, along in enumerate(ranges) if len(along) > 1), len(group) - 1)
+  block = math.prod(sizes[outer + 1:])
+  start = block * int(np.ravel_multi_index([along.start for along in ranges[:outer + 1]], sizes[:outer + 1]))
+  count = len(ranges[outer])
+  cut = [slice(None)] * (outer + 1) + [slice(along.start, along.stop) for along in ranges[outer + 1:]]
+  return slice(start, start + count * block), [1] * outer + [count] + sizes[outer + 1:], cut
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
 
 def _checked_leaves(config, kind, params):
-  """{leaf name: array} on the host; raises CheckpointError where parameters are not those of the config."""
+  """{leaf name: array}; raises CheckpointError where parameters are not those of the config."""
   needed, given = _needed(config, kind), flax.traverse_util.flatten_dict(params)
   shapes = dict(needed.values())
   for path in sorted(shapes.keys() | given.keys(), key=str):
@@ -327,7 +414,7 @@ def _checked_leaves(config, kind, params):
     if needs != has:
       raise CheckpointError(f"parameter {'/'.join(map(str, path))} has shape {has}, but the config of this {kind} "
                             f'model asks for {needs}. Save parameters with the config that they were made with.')
-  return {path[-1]: np.asarray(leaf) for path, leaf in given.items()}
+  return {path[-1]: leaf for path, leaf in given.items()}
 
 
 def _shards(places, sizes, shard_bytes):
@@ -339,3 +426,25 @@ def _shards(places, sizes, shard_bytes):
     shards[-1].append(place)
     used += size
   return shards
+
+
+def _to_theirs(row, layer, leaves, config, dtype, fetch):
+  """Ours as theirs. Contiguous: safetensors writes the memory of an array, whatever its strides."""
+  axes = ''.join(_groups(row))
+  theirs = np.empty([_size(letter, config) for letter in axes], dtype)
+  ours = theirs.transpose([axes.index(letter) for letter in _letters(row)])
+  for i, name in enumerate(row.ours.split()):  # the copy, since an array keeps on the host what was fetched of it
+    ours[i] = fetch(leaves[name].copy() if layer is None else leaves[name][layer])
+  return theirs.reshape(_shape(row, config))
+
+
+def _clear(directory):
+  """An existing directory without weights."""
+  directory.mkdir(parents=True, exist_ok=True)
+  for pattern in _FILES[1:]:
+    for old in directory.glob(pattern):
+      old.unlink()
+
+
+def _write_json(file, content):
+  file.write_text(json.dumps(content, indent=2) + '\n')

@@ -23,8 +23,9 @@ from rlhf_jax.step import init_state, make_eval_step, make_train_step
 def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out, unit):
   """State after config.steps updates, and the last evaluation; the stage's last checkpoint is left to `save_final`.
 
-  `make_params()` gives the first parameters of `model`, and is not called where there is a checkpoint. `batches` is a
-  `Batches`; `held_out` a list of batches to evaluate on, before the first update and every config.evaluate_every.
+  `make_params()` gives the first parameters of `model`, as the runner lays them out, and is not called where there is a
+  checkpoint. `batches` is a `Batches`; `held_out` a list of batches to evaluate on, before the first update and every
+  config.evaluate_every.
   `unit` is what a loss counts, for the speed that is shown. Returns (state, evaluation).
   """
   runner, key = run.runner, jax.random.key(run.experiment.seed)
@@ -36,7 +37,7 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
   with Checkpoints(run.checkpoints(name)) as checkpoints, run.log(name) as log:
     start = checkpoints.latest()
     if start is None:
-      state, start = runner.place(init_state(make_params(), optimizer), 'params'), 0
+      state, start = runner.initialise(lambda params: init_state(params, optimizer), make_params()), 0
       log.truncate_after(-1)
       measured = evaluate(state.params)
       log.write(0, _prefixed(measured), wall_s=0.0)

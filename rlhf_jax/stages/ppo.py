@@ -74,11 +74,11 @@ def train(run):
   run.say_skipped(NAME, skipped, len(rows))
   source = batches.prompt_batches(rows, batch_size=config.batch_size, length=limits.prompt_tokens, seed=experiment.seed,
                                   lengths=config.lengths, part=run.runner.part)
-  make = lambda: init_state(_start(run), optimizer)
+  make = lambda: run.runner.initialise(lambda params: init_state(params, optimizer), _start(run))
   with Checkpoints(run.checkpoints(NAME)) as checkpoints, run.log(NAME) as log:
     start = checkpoints.latest()
     if start is None:
-      state, start, kl_weight, known = run.runner.place(make(), 'params'), 0, config.kl_weight, {}
+      state, start, kl_weight, known = make(), 0, config.kl_weight, {}
     else:
       state, meta = checkpoints.restore(run.runner.abstract(functools.partial(_abstract_state, run, optimizer)))
       start, kl_weight, known = meta['iteration'], meta['kl_weight'], meta['evaluation']

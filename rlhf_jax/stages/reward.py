@@ -88,9 +88,9 @@ def restore(run):
 
 
 def _start(run):
-  fresh = initial_params(run.reward, jax.random.fold_in(jax.random.key(run.experiment.seed), 1))
-  same_size = run.reward.config == run.policy.config
-  return handoff.reward_params(run.runner.fetch(sft.restore(run)) if same_size else None, fresh)
+  key, same_size = jax.random.fold_in(jax.random.key(run.experiment.seed), 1), run.reward.config == run.policy.config
+  make = lambda sft_params, key: handoff.reward_params(sft_params, initial_params(run.reward, key))
+  return run.runner.initialise(make, sft.restore(run) if same_size else None, key)
 
 
 def _scored(run, score, params, collated):

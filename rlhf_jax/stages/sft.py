@@ -1,9 +1,9 @@
 """Stage 1, supervised fine-tuning: the language model learns to write the demonstrations' responses."""
 
+import functools
 import math
 
 import jax
-import jax.numpy as jnp
 
 from rlhf_jax.checkpoint import restore_part
 from rlhf_jax.data import batches, encode
@@ -27,10 +27,8 @@ def train(run):
                                          part=run.runner.part)
   held_out = batches.in_order(held_out_rows, config.batch_size, encode.Row([], []),
                               lambda rows: batches.collate_demonstrations(rows, limits.tokens), run.runner.part)
-  fresh = lambda: initial_params(run.policy, jax.random.key(experiment.seed))
-  start = fresh if run.pretrained is None else lambda: jax.tree.map(jnp.asarray, run.pretrained)
-  state, measured = descend(run, NAME, config, model=run.policy, loss_fn=cross_entropy(run.policy), make_params=start,
-                            batches=source, held_out=held_out, unit='tokens')
+  state, measured = descend(run, NAME, config, model=run.policy, loss_fn=cross_entropy(run.policy),
+                            make_params=functools.partial(_start, run), batches=source, held_out=held_out, unit='tokens')
   measured['perplexity'] = math.exp(min(measured['loss'], 100.0))
   measured['loss_before'] = read_metrics(run.stage(NAME))[0]['held_out/loss']
   save_final(run, NAME, state, measured)
@@ -42,3 +40,11 @@ def restore(run):
   run.require(NAME)
   abstract = {'params': run.runner.abstract(lambda: initial_params(run.policy, jax.random.key(0)))}
   return restore_part(run.checkpoints(NAME), abstract)['params']
+
+
+def _start(run):
+  """The first parameters: those that the run was given, or fresh ones."""
+  fresh, key = functools.partial(initial_params, run.policy), jax.random.key(run.experiment.seed)
+  if run.pretrained is None:
+    return run.runner.initialise(fresh, key)
+  return run.pretrained(shardings=run.runner.shardings(jax.eval_shape(fresh, key), 'params'))

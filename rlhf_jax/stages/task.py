@@ -43,7 +43,7 @@ class Run:
   directory: pathlib.Path
   policy: LanguageModel
   reward: ScalarModel
-  pretrained: dict | None = None  # parameters to start SFT from, in place of fresh ones
+  pretrained: Callable | None = None  # load(shardings=...) -> parameters to start SFT from, in place of fresh ones
 
   def stage(self, name):
     """Where the stage of that name writes."""

@@ -19,7 +19,7 @@ from rlhf_jax.errors import CheckpointError, ConfigError
 from rlhf_jax.model import forward
 from rlhf_jax.model.config import PRESETS, ModelConfig, RopeScaling
 from rlhf_jax.model.heads import LanguageModel, ScalarModel, initial_params
-from rlhf_jax.model.huggingface import load, save
+from rlhf_jax.model.huggingface import load, read_config, save
 from rlhf_jax.model.huggingface_config import RUNTIME_FIELDS, config_from_huggingface, config_to_huggingface
 
 CONFIGS = FAMILIES | {
@@ -56,6 +56,12 @@ def _random_params(config, kind, seed=5):
   shapes = jax.eval_shape(lambda: initial_params(model, jax.random.key(0)))
   numbers = np.random.default_rng(seed)
   return jax.tree.map(lambda x: np.asarray(numbers.normal(0.1, 0.3, x.shape), np.float32), shapes)
+
+
+def _load(path, kind='language', **changes):
+  """(ModelConfig, parameters) of what is stored there."""
+  config = read_config(path, **changes)
+  return config, load(path, config, kind=kind)
 
 
 def _batch(side, vocab_size=61):
@@ -122,7 +128,7 @@ def _damaged(source, target, config_changes=None, **tensor_changes):
 @pytest.mark.parametrize('side', [None, 'left'])
 def test_logits_equal_transformers(language, side):
   config, model, directory = language
-  found, params = load(directory)
+  found, params = _load(directory)
   assert _without_runtime(found) == _without_runtime(config)
   tokens_BT, valid_BT = _batch(side)
   theirs_BTV, ours_BTV = _theirs(model, tokens_BT, valid_BT), _ours(found, params, side)
@@ -148,7 +154,7 @@ def test_scores_equal_transformers_both_ways(name, tmp_path):
   tokens_BT, valid_BT = _batch('right')
   model = _torch_model(config, 'scalar')
   model.save_pretrained(tmp_path / 'theirs')
-  found, params = load(tmp_path / 'theirs', kind='scalar')
+  found, params = _load(tmp_path / 'theirs', kind='scalar')
   assert params['scalar']['bias'] == 0
   scores_B = np.asarray(forward.scores(ScalarModel(found), params, tokens_BT, valid_BT))
   np.testing.assert_allclose(scores_B, _theirs(model, tokens_BT, valid_BT)[:, 0], atol=1e-4, rtol=0)
@@ -162,7 +168,7 @@ def test_scores_equal_transformers_both_ways(name, tmp_path):
   theirs_B = _theirs(model.eval(), tokens_BT, valid_BT)[:, 0] + model.config.score_bias
   scores_B = np.asarray(forward.scores(ScalarModel(config), params, tokens_BT, valid_BT))
   np.testing.assert_allclose(scores_B, theirs_B, atol=1e-4, rtol=0)
-  _same_trees(load(tmp_path / 'ours', kind='scalar')[1], params)
+  _same_trees(_load(tmp_path / 'ours', kind='scalar')[1], params)
 
 
 # ------------------------------------------------------------------------------------------------ there and back again
@@ -178,16 +184,16 @@ def test_config_round_trip_is_identity(name):
 def test_save_then_load_is_identity(name, kind, tmp_path):
   params = _random_params(CONFIGS[name], kind)
   save(tmp_path, CONFIGS[name], params, kind=kind, pad_token=PAD)
-  found, back = load(tmp_path, kind=kind, dtype='bfloat16')
+  found, back = _load(tmp_path, kind=kind, dtype='bfloat16')
   assert found.dtype == 'bfloat16'
   _same_trees(back, params)
-  assert all(type(leaf) is np.ndarray and leaf.dtype == np.float32 for leaf in jax.tree.leaves(back))
+  assert all(leaf.dtype == np.float32 and leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(back))
 
 
 def test_bfloat16_files_hold_the_rounded_parameters(tmp_path):
   config, params = FAMILIES['gpt_neox'], _random_params(FAMILIES['gpt_neox'], 'language')
   save(tmp_path, config, params, kind='language', dtype='bfloat16')
-  _same_trees(load(tmp_path)[1], jax.tree.map(lambda x: x.astype('bfloat16').astype(np.float32), params))
+  _same_trees(_load(tmp_path)[1], jax.tree.map(lambda x: x.astype('bfloat16').astype(np.float32), params))
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
   assert model.dtype == torch.bfloat16
 
@@ -202,7 +208,7 @@ def test_shards_hold_every_tensor_once_and_stale_ones_go(tmp_path):
   sizes = {x: sum(t.nbytes for t in safetensors.numpy.load_file(x).values()) for x in shards}
   assert max(sizes.values()) <= 20_000 and sum(sizes.values()) == index['metadata']['total_size']
   assert sorted(set(index['weight_map'].values())) == [x.name for x in shards]
-  _same_trees(load(tmp_path)[1], params)
+  _same_trees(_load(tmp_path)[1], params)
   _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
   assert not info['missing_keys'] and not info['unexpected_keys']
   save(tmp_path, config, params, kind='language')
@@ -223,7 +229,7 @@ def test_names_without_the_prefix_old_heads_and_buffers_are_understood(name, pre
   for buffer in ('h.0.attn.bias', 'layers.1.attention.masked_bias', 'layers.0.self_attn.rotary_emb.inv_freq'):
     tensors[buffer] = np.ones((2, 2), np.float32)
   safetensors.numpy.save_file(tensors, tmp_path / 'model.safetensors')
-  _same_trees(load(tmp_path)[1], params)
+  _same_trees(_load(tmp_path)[1], params)
 
 
 # ------------------------------------------------------------------------------------------------------------- configs
@@ -350,31 +356,31 @@ _NORM, _Q = 'model.layers.1.input_layernorm.weight', 'model.layers.2.self_attn.q
 ])
 def test_a_wrong_tensor_is_named(saved, tmp_path, tensors, message):
   with pytest.raises(CheckpointError, match=message):
-    load(_damaged(saved[2], tmp_path, **tensors))
+    _load(_damaged(saved[2], tmp_path, **tensors))
 
 
 def test_an_unembedding_that_is_not_the_tied_embedding_is_named(saved, tmp_path):
   with pytest.raises(CheckpointError, match=r'lm_head\.weight differs from the embedding'):
-    load(_damaged(saved[2], tmp_path, {'tie_word_embeddings': True}))
+    _load(_damaged(saved[2], tmp_path, {'tie_word_embeddings': True}))
 
 
 def test_a_config_change_that_no_tensor_serves_is_named(saved):
   with pytest.raises(ConfigError, match='format of llama has no tensor for attention_norm_bias_LD'):
-    load(saved[2], norm='layer')
+    _load(saved[2], norm='layer')
 
 
 def test_a_model_of_the_other_kind_is_named(saved, tmp_path):
   with pytest.raises(CheckpointError, match=r"a language model: it has no score\.weight\. .*'language'"):
-    load(saved[2], kind='scalar')
+    _load(saved[2], kind='scalar')
   save(tmp_path, saved[0], _random_params(saved[0], 'scalar'), kind='scalar', pad_token=PAD)
   with pytest.raises(CheckpointError, match=r"a reward or value model: it has a score\.weight\. .*'scalar'"):
-    load(tmp_path)
+    _load(tmp_path)
 
 
 def test_more_than_one_label_is_named(saved, tmp_path):
   changes = {'score.weight': np.ones((2, 24), np.float32), 'lm_head.weight': None}
   with pytest.raises(CheckpointError, match=r'score.weight has shape \(2, 24\), but config.json asks for \(1, 24\)'):
-    load(_damaged(saved[2], tmp_path, **changes), kind='scalar')
+    _load(_damaged(saved[2], tmp_path, **changes), kind='scalar')
 
 
 def test_damaged_and_absent_files_are_named(saved, tmp_path):
@@ -385,28 +391,28 @@ def test_damaged_and_absent_files_are_named(saved, tmp_path):
   for kept in (whole[:-100], whole[:30], b''):
     shard.write_bytes(kept)
     with pytest.raises(CheckpointError, match=f'{shard.name} is damaged'):
-      load(tmp_path)
+      _load(tmp_path)
   shard.unlink()
   with pytest.raises(CheckpointError, match=f'{shard.name} is absent'):
-    load(tmp_path)
+    _load(tmp_path)
   (tmp_path / 'model.safetensors.index.json').write_text('{}')
   with pytest.raises(CheckpointError, match=r"index\.json has no 'weight_map'"):
-    load(tmp_path)
+    _load(tmp_path)
   (tmp_path / 'model.safetensors.index.json').unlink()
   with pytest.raises(CheckpointError, match=r'model\.safetensors is absent'):
-    load(tmp_path)
+    _load(tmp_path)
   (tmp_path / 'config.json').write_text('{"model_type": ')
   with pytest.raises(CheckpointError, match=r'config\.json cannot be read as JSON'):
-    load(tmp_path)
+    _load(tmp_path)
   (tmp_path / 'config.json').write_text('[]')
   with pytest.raises(CheckpointError, match=r'config\.json is not a JSON object'):
-    load(tmp_path)
+    _load(tmp_path)
   (tmp_path / 'config.json').unlink()
   with pytest.raises(CheckpointError, match=r'config\.json cannot be read'):
-    load(tmp_path)
+    _load(tmp_path)
 
 
 @pytest.mark.parametrize('name', ['no/such/place', 'nobody/no-such-model'])
 def test_what_is_neither_a_directory_nor_on_the_hub_is_named(name):
   with pytest.raises(CheckpointError, match=f'{name} is not a directory, and the Hugging Face Hub gives no model'):
-    load(name)
+    _load(name)

@@ -49,10 +49,11 @@ def test_a_learning_rate_that_explodes_stops_at_a_step_and_keeps_batch_and_check
 
 def test_infinite_parameters_stop_the_first_step(tmp_path):
   run = prepare(tmp_path)
-  params = jax.tree.map(np.array, initial_params(run.policy, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: initial_params(run.policy, jax.random.key(0)))
+  params = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), shapes)
   params['backbone']['embedding_VD'][:] = np.inf
   with pytest.raises(DivergedError, match=r'^sft step 1: loss is nan.*bad_batch_1\.npz'):
-    sft.train(dataclasses.replace(run, pretrained=params))
+    sft.train(dataclasses.replace(run, pretrained=lambda shardings: jax.device_put(params, shardings)))
   assert latest(run, 'sft') is None
 
 
