@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import config as configs
-from rlhf_jax import report, runners
+from rlhf_jax import planner, report, runners
 from rlhf_jax.checkpoint import read_meta
 from rlhf_jax.data.text import check_vocabulary, load_tokenizer, pad_token, save_tokenizer, train_tokenizer
 from rlhf_jax.errors import CheckpointError, ConfigError, RlhfJaxError
@@ -25,6 +25,7 @@ from rlhf_jax.model import huggingface
 from rlhf_jax.model.config import preset
 from rlhf_jax.model.forward import check_length
 from rlhf_jax.model.heads import LanguageModel, ScalarModel
+from rlhf_jax.model.huggingface_config import config_from_huggingface
 from rlhf_jax.stages import ppo, reward, sft
 from rlhf_jax.stages.task import Run
 from rlhf_jax.startup import prepare_process
@@ -41,16 +42,29 @@ class Command:
   run_dir: str = ''  # where everything is written; empty: runs/NAME
   restart: bool = False  # delete what an earlier run left in the run directory
   export: bool = True  # write the finished models as Hugging Face directories
+  plan: str = ''  # run nothing: compile for these devices, e.g. v5p:4x4x4 or cpu:8, and say whether all fits, and how fast
+  json: bool = False  # the plan as JSON
+  sized_for: str = ''  # take what the experiment sets for these devices, as --plan does; other flags take precedence
 
 
-def main(experiment, make_task, description, name=None, args=None):
+def main(experiment, make_task, description, name=None, args=None, sizes=None):
   """Runs an experiment from the command line; exits with 2 and one clear line on an error that the user can mend.
 
-  `make_task(experiment)` gives the Task. `name` (the module's, by default) names the run directory.
+  `make_task(experiment)` gives the Task. `name` (the module's, by default) names the run directory. `sizes` holds the
+  settings that suit devices, {'v5p:4x4x4': {'mesh.fsdp': 16}}. --plan exits with 1 where they do not fit.
   """
   directory = pathlib.Path('runs') / (name or pathlib.Path(sys.argv[0]).stem)
   try:
-    experiment, command = configs.parse(experiment, Command(), description, args)
+    default, parse = experiment, lambda default: configs.parse(default, Command(), description, args)
+    experiment, command = parse(default)
+    devices = command.plan or command.sized_for
+    if devices in (sizes or {}):
+      experiment, command = parse(configs.override(default, sizes[devices]))
+    elif command.sized_for:
+      raise ConfigError(f'--sized-for {command.sized_for}, of which this experiment knows nothing. Choose one of: '
+                        f'{", ".join(sizes or {}) or "none"}; or set the mesh by its flags.')
+    if command.plan:
+      sys.exit(0 if show_plan(experiment, command.plan, command.json) else 1)
     directory = pathlib.Path(command.run_dir or directory)
     return run_stages(experiment, make_task, directory, command)
   except RlhfJaxError as error:
@@ -103,12 +117,11 @@ def prepare(experiment, make_task, directory):
   """The Run of an experiment: task, tokenizer, models and devices, checked against each other."""
   task = make_task(experiment)
   pretrained, tokenizer_dir = None, directory / 'tokenizer'
-  runtime = {'dtype': experiment.dtype, 'attention': experiment.attention, 'remat': experiment.remat}
   if experiment.pretrained is not None:
-    model_config, pretrained = huggingface.load(experiment.pretrained, **runtime)
+    model_config, pretrained = huggingface.load(experiment.pretrained, **_runtime(experiment))
     tokenizer = load_tokenizer(experiment.pretrained)
   else:
-    model_config = preset(experiment.preset, **runtime)
+    model_config = preset(experiment.preset, **_runtime(experiment))
     if not tokenizer_dir.exists():
       texts = [turn.text for example in task.demonstrations[0] for turn in example.prompt]
       texts += [response for example in task.demonstrations[0] for response in example.responses]
@@ -118,24 +131,68 @@ def prepare(experiment, make_task, directory):
     tokenizer = load_tokenizer(tokenizer_dir)
   if task.chat_template is not None:
     tokenizer.chat_template = task.chat_template
-  reward_config = model_config if experiment.reward_preset is None else \
-    preset(experiment.reward_preset, vocab_size=model_config.vocab_size, **runtime)
-  if experiment.reward_preset is not None and experiment.ppo.shared_trunk:
-    raise ConfigError("a value head on the policy's trunk, but a reward model of another size "
-                      f'({experiment.reward_preset}). Drop --reward-preset or --ppo.shared-trunk.')
+  reward_config = _reward_config(experiment, model_config)
   check_vocabulary(tokenizer, policy=model_config, reward=reward_config)
+  _check_attention(experiment.attention, jax.default_backend())
+  return _run(experiment, task, tokenizer, make_runner(experiment.mesh), directory, model_config, reward_config, pretrained)
+
+
+def prepare_shapes(experiment, devices):
+  """The Run of an experiment on devices that need not be here: without task, tokenizer and weights, for its shapes alone."""
+  config_json = pathlib.Path(experiment.pretrained or '', 'config.json')
+  if experiment.pretrained is not None and config_json.exists():
+    model_config = config_from_huggingface(json.loads(config_json.read_text()), **_runtime(experiment))
+  else:
+    model_config = preset(experiment.preset, **_runtime(experiment))
+  _check_attention(experiment.attention, devices[0].platform)
+  return _run(experiment, None, planner.TOKENIZER, make_runner(experiment.mesh, devices), None, model_config,
+              _reward_config(experiment, model_config))
+
+
+def _run(experiment, task, tokenizer, runner, directory, model_config, reward_config, pretrained=None):
   for size in (model_config, reward_config):
     check_length(size, experiment.data.limits.tokens)
-  _check_attention(experiment.attention)
-  runner = make_runner(experiment.mesh)
   _check_answers(experiment.ppo, runner.batch_parts)
   return Run(experiment, task, tokenizer, runner, directory, LanguageModel(model_config), ScalarModel(reward_config),
              pretrained)
 
 
-def _check_attention(kernel):
+def _runtime(experiment):
+  """What an experiment says of how models compute, whatever their size."""
+  return {name: getattr(experiment, name) for name in ('dtype', 'attention', 'remat', 'scan_layers')}
+
+
+def _reward_config(experiment, model_config):
+  if experiment.reward_preset is None:
+    return model_config
+  if experiment.ppo.shared_trunk:
+    raise ConfigError("a value head on the policy's trunk, but a reward model of another size "
+                      f'({experiment.reward_preset}). Drop --reward-preset or --ppo.shared-trunk.')
+  return preset(experiment.reward_preset, vocab_size=model_config.vocab_size, **_runtime(experiment))
+
+
+def show_plan(experiment, topology, as_json=False):
+  """Prints what the experiment's programs cost on a topology, and what would help; returns whether all of them fit."""
+  prepare_process()
+  devices = planner.devices(topology)
+  say = lambda text: print(text, file=sys.stderr, flush=True)
+  prepare_it = lambda experiment: prepare_shapes(experiment, devices)
+  made, suggestion = planner.plan(prepare_it(experiment), topology, say=say), None
+  if made.too_large:
+    suggestion = planner.suggest(experiment, made, prepare_it, configs.override, say)
+  if as_json:
+    print(json.dumps(planner.to_json(made, suggestion), indent=2))
+  else:
+    print(planner.markdown(made))
+    if made.too_large:
+      print(f'It fits with {planner.flags(suggestion)}' if suggestion else
+            'Nothing that was tried makes it fit: take more or larger chips, or shorter sequences.')
+  return not made.too_large
+
+
+def _check_attention(kernel, found):
   """ConfigError where the devices are not those that a kernel is for."""
-  needed, found = {'cudnn': 'gpu', 'splash': 'tpu'}.get(kernel), jax.default_backend()
+  needed = {'cudnn': 'gpu', 'splash': 'tpu'}.get(kernel)
   if needed not in (None, found):
     raise ConfigError(f'--attention {kernel} is for a {needed.upper()}, but the devices here are {found.upper()}s. Use '
                       '--attention xla.')
@@ -149,11 +206,11 @@ def _check_answers(config, parts):
                         f'batch. Pass a multiple of {parts}.')
 
 
-def make_runner(mesh):
-  """The Runner that a MeshConfig names."""
+def make_runner(mesh, devices=None):
+  """The Runner that a MeshConfig names, on the devices of this process unless others are given."""
   if mesh.runner == 'sharded':
-    return runners.sharded(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
-  return {'single': runners.single, 'pmap': runners.pmapped}[mesh.runner]()
+    return runners.sharded(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices)
+  return runners.pmapped(devices) if mesh.runner == 'pmap' else runners.single(devices and devices[0])
 
 
 def _open_directory(experiment, directory, command):

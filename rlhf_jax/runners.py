@@ -47,12 +47,13 @@ class Runner:
     return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), found, is_leaf=_is_spec)
 
   def place(self, tree, kind: Kind):
-    """The tree on the devices of this runner; arrays that lie there already are not copied."""
+    """The tree on the devices of this runner; arrays that lie there already are not copied, shapes learn where they would.
+    """
     leaves, structure = jax.tree.flatten(tree)
     known = structure, tuple(np.shape(leaf) for leaf in leaves), kind
     if known not in self._known:
       self._known[known] = jax.tree.leaves(self.shardings(tree, kind))
-    placed = [leaf if getattr(leaf, 'sharding', None) == sharding else jax.device_put(leaf, sharding)
+    placed = [leaf if getattr(leaf, 'sharding', None) == sharding else _put(leaf, sharding)
               for leaf, sharding in zip(leaves, self._known[known], strict=True)]
     return jax.tree.unflatten(structure, placed)
 
@@ -77,7 +78,8 @@ class Runner:
   def compile(self, fn, *, inputs: tuple[Kind, ...], outputs: tuple[Kind, ...] | Kind, donate: tuple[int, ...] = ()):
     """fn, compiled for this runner's devices. Arguments are placed where they are not yet; those of `donate` are given up.
 
-    The result has `.lower(*args)`, to read the compiled program.
+    The result has `.trace(*args)` and `.lower(*args)`, to read the program: they take shapes too, of arrays that need not
+    exist, on devices that need not be here.
     """
     if self.axis_name is not None:
       fn = self._mapped(fn, inputs, outputs)
@@ -96,7 +98,7 @@ class Runner:
         return method(*args)
 
     run = functools.partial(placed, jitted)
-    run.lower = functools.partial(placed, jitted.lower)
+    run.trace, run.lower = functools.partial(placed, jitted.trace), functools.partial(placed, jitted.lower)
     return run
 
   def _pin(self, tree, kind):
@@ -117,6 +119,12 @@ class Runner:
         return jax.tree.map(join, result) if outputs == 'batch' else result
       return tuple(jax.tree.map(join, tree) if kind == 'batch' else tree for tree, kind in zip(result, outputs))
     return whole
+
+
+def _put(leaf, sharding):
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return jax.device_put(leaf, sharding)
 
 
 def _is_spec(x):

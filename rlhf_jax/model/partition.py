@@ -84,8 +84,11 @@ def _checked(path, leaf, axis_sizes, rules):
   return found
 
 
-def constrain(x, letters):
-  """x, with its axes pinned to a data x fsdp x tensor mesh: B split, the rest whole. No-op without such a mesh."""
+def constrain(x, letters, **cut):
+  """x, with its axes pinned to a data x fsdp x tensor mesh: B split, the rest whole. No-op without such a mesh.
+
+  `cut` names mesh axes for other letters, V='tensor', which cut them where they divide.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if not set(RULES['B']) <= set(mesh.axis_names):
     return x
@@ -94,7 +97,28 @@ def constrain(x, letters):
     if letter == 'B' and size % parts:
       raise ShardingError(f'{size} sequences at a time, which the {parts} devices of the mesh axes data x fsdp do not '
                           'divide. Choose a batch size that they divide after the cut into minibatches and microbatches.')
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*(RULES['B'] if letter == 'B' else None for letter in letters)))
+  cut = {letter: axis for letter, axis in cut.items() if x.shape[letters.index(letter)] % mesh.shape[axis] == 0}
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*((cut | {'B': RULES['B']}).get(letter) for letter in letters)))
+
+
+def gathered(tree):
+  """Parameters laid out on the current mesh by their names, but whole along fsdp: for a loop that reads them at every turn.
+
+  An axis that the mesh does not divide is left whole too. The tree itself without a data x fsdp x tensor mesh.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not set(RULES['B']) <= set(mesh.axis_names):
+    return tree
+  sizes = dict(mesh.shape) | {'fsdp': 1}
+
+  def kept(axes, size):
+    axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis != 'fsdp')
+    return axes if size % _parts(axes, sizes) == 0 else None
+
+  def one(path, x):
+    found = spec(_name(path), x.shape) if x.shape else PartitionSpec()
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(kept, found, x.shape)))
+  return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def by_device(fn, inputs, output):

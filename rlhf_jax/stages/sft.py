@@ -29,12 +29,17 @@ def train(run):
                               lambda rows: batches.collate_demonstrations(rows, limits.tokens))
   fresh = lambda: initial_params(run.policy, jax.random.key(experiment.seed))
   start = fresh if run.pretrained is None else lambda: jax.tree.map(jnp.asarray, run.pretrained)
-  state, measured = descend(run, NAME, config, model=run.policy, loss_fn=cross_entropy(run.policy), make_params=start,
+  state, measured = descend(run, NAME, config, model=run.policy, loss_fn=loss(run), make_params=start,
                             batches=source, held_out=held_out, unit='tokens')
   measured['perplexity'] = math.exp(min(measured['loss'], 100.0))
   measured['loss_before'] = read_metrics(run.stage(NAME))[0]['held_out/loss']
   save_final(run, NAME, state, measured)
   return measured
+
+
+def loss(run):
+  """What this stage descends."""
+  return cross_entropy(run.policy)
 
 
 def restore(run):
