@@ -50,19 +50,20 @@ class Command:
 def main(experiment, make_task, description, name=None, args=None, sizes=None):
   """Runs an experiment from the command line; exits with 2 and one clear line on an error that the user can mend.
 
-  `make_task(experiment)` gives the Task. `name` (the module's, by default) names the run directory. `sizes` holds the
-  settings that suit devices, {'v5p:4x4x4': {'mesh.fsdp': 16}}. --plan exits with 1 where they do not fit.
+  `make_task(experiment)` gives the Task. `name` (the module's, by default) names the run directory. `sizes` has settings
+  that suit a model preset on certain devices, {'llama3-8b': {'v5p:4x4x4': {'mesh.fsdp': 16}}}. --plan exits with 1 where
+  they do not fit.
   """
   directory = pathlib.Path('runs') / (name or pathlib.Path(sys.argv[0]).stem)
   try:
     default, parse = experiment, lambda default: configs.parse(default, Command(), description, args)
     experiment, command = parse(default)
-    devices = command.plan or command.sized_for
-    if devices in (sizes or {}):
-      experiment, command = parse(configs.override(default, sizes[devices]))
+    sized, devices = (sizes or {}).get(experiment.preset, {}), command.plan or command.sized_for
+    if devices in sized:
+      experiment, command = parse(configs.override(default, sized[devices] | {'preset': experiment.preset}))
     elif command.sized_for:
-      raise ConfigError(f'--sized-for {command.sized_for}, of which this experiment knows nothing. Choose one of: '
-                        f'{", ".join(sizes or {}) or "none"}; or set the mesh by its flags.')
+      raise ConfigError(f'--sized-for {command.sized_for}, but for {experiment.preset} this experiment has settings for: '
+                        f'{", ".join(sized) or "nothing"}. Choose one of those, or set the mesh by its flags.')
     if command.plan:
       sys.exit(0 if show_plan(experiment, command.plan, command.json) else 1)
     directory = pathlib.Path(command.run_dir or directory)

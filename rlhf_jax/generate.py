@@ -42,11 +42,13 @@ def generate(model, params, prompts, key, sampling, slots=None, gather=True):
   sizes = check_axes(tokens_BP=prompts.tokens_BP, valid_BP=prompts.valid_BP, sample_B=prompts.sample_B)
   check_length(model.config, sizes['P'] + sampling.new_tokens)
   _check_ids(model.config, sampling)
-  params, parts = prepare_to_decode(model, params, gather), batch_parts()
+  parts = batch_parts()
+  slots = _check_slots(sizes['B'], slots, parts)
+  params = prepare_to_decode(model, params, gather)
   # All chance is drawn at once: in the decode loop it would be a hundred small operations a token.
   uniform_BR = uniforms(key, prompts.sample_B[:, None], jnp.arange(sampling.new_tokens))
   queue = _Queue(functools.partial(model.apply, {'params': params}), unembed_DV(params), jax.tree.map(jnp.asarray, prompts),
-                 uniform_BR, sampling, model.config, parts, _check_slots(sizes['B'], slots, parts))
+                 uniform_BR, sampling, model.config, parts, slots)
   answers = queue.drain()
   mask_BR = jnp.arange(sampling.new_tokens) < answers.length_B[:, None]
   return Rollout(tokens_BT=jnp.concatenate([prompts.tokens_BP, answers.tokens_BR], 1),

@@ -45,21 +45,25 @@ TOKENIZER = types.SimpleNamespace(eos_token_id=0, pad_token_id=0)  # stands for 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Published figures of one chip. `hbm` is what its compiler lets a program use; `ici` what it sends to all neighbours."""
+  """Published figures of one chip; `hbm` is what its compiler lets a program use, measured with libtpu 0.0.42."""
   flops: float  # bfloat16, a second
   hbm: float  # bytes
   hbm_speed: float  # bytes a second
-  ici_speed: float  # bytes a second, one way
+  ici_speed: float  # bytes a second to all neighbours together, one way: half of the bidirectional figure
   example: str  # a topology
   source: str
+  options: dict = dataclasses.field(default_factory=dict)  # what the compiler must be told of the topology
 
 
 _DOCS = 'https://docs.cloud.google.com/tpu/docs/'
 CHIPS = {
-  'v4': Chip(275e12, 31.75 * 2**30, 1200e9, 300e9, '2x2x4', _DOCS + 'v4; ICI: arXiv 2304.01433, table 4'),
+  'v4': Chip(275e12, 30.75 * 2**30, 1200e9, 300e9, '2x2x4', _DOCS + 'v4; ICI: arXiv 2304.01433, table 4',
+             {'chip_config_name': 'megacore'}),
   'v5e': Chip(197e12, 15.75 * 2**30, 819e9, 200e9, '8x8', _DOCS + 'v5e'),
   'v5p': Chip(459e12, 95.74 * 2**30, 2765e9, 600e9, '4x4x4', _DOCS + 'v5p'),
   'v6e': Chip(918e12, 31.25 * 2**30, 1638e9, 400e9, '8x8', _DOCS + 'v6e'),
+  # JAX has two devices on each of these chips: half of each figure.
+  'tpu7x': Chip(1153.5e12, 94.75 * 2**30, 3690e9, 300e9, '2x2x4', _DOCS + 'tpu7x, halved: two devices a chip'),
 }
 
 
@@ -77,7 +81,7 @@ def devices(topology):
   jax.config.update('jax_platforms', 'cpu')                                     # nor take it, if there is one
   jax.config.update('jax_enable_compilation_cache', False)                      # see _path_of
   try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+    return topologies.get_topology_desc(platform='tpu', topology_name=topology, **CHIPS[kind].options).devices
   except jax.errors.JaxRuntimeError as error:
     said = str(error).splitlines()[0]
     raise ConfigError(f'the TPU compiler knows no topology {topology!r} ({said}). {_known()}') from error
@@ -247,11 +251,11 @@ def _compiled(lowered, arguments, trips):
   try:
     executable = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    found = re.search(r'Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm', str(error))
+    found = re.search(r'HLO temporaries \(([\d.]+)([MGT])\) exceeds available HBM', str(error))
     if found is None:
       raise
-    needed = float(found.group(1)) * 2.0 ** {'K': 10, 'M': 20, 'G': 30}[found.group(2)]
-    return {'own': needed - arguments, 'hbm': None, 'sent': {}, 'collectives': {}, 'refused': found.group(0),
+    needed = float(found.group(1)) * 2.0 ** {'M': 20, 'G': 30, 'T': 40}[found.group(2)]
+    return {'own': needed, 'hbm': None, 'sent': {}, 'collectives': {}, 'refused': found.group(0),
             'compile_seconds': time.monotonic() - began}
   seconds, stats = time.monotonic() - began, executable.memory_analysis()
   # Arrays in HBM are padded to tiles: what arguments take beyond their sizes is counted as the program's own.

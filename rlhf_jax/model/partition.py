@@ -121,6 +121,15 @@ def gathered(tree):
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def for_lookup(name, table, count):
+  """A table, `gathered` where so many rows are looked up that these would be more to send than the table itself.
+
+  What is cut over fsdp, as the batch is, is else looked up by every chip for all sequences, and summed over all chips.
+  """
+  rows = table.shape[0] / dict(jax.sharding.get_abstract_mesh().shape).get('tensor', 1)
+  return gathered({name: table})[name] if count >= rows else table
+
+
 def by_device(fn, inputs, output):
   """fn of arrays with the letters `inputs`, where each device of a data x fsdp x tensor mesh computes its own part alone.
 

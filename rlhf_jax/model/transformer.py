@@ -17,7 +17,7 @@ from rlhf_jax.axes import axes_of
 from rlhf_jax.model.attention import Causal, attend, frequencies, layer_norm, project, rms_norm, rotate
 from rlhf_jax.model.cache import write
 from rlhf_jax.model.config import ModelConfig
-from rlhf_jax.model.partition import constrain
+from rlhf_jax.model.partition import constrain, for_lookup
 
 _ACTIVATIONS = {'silu': jax.nn.silu, 'gelu': functools.partial(jax.nn.gelu, approximate=False),
                 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
@@ -30,7 +30,7 @@ def _weight(module, name):
 
 def _row(module, name, index):
   """Rows of a table in the compute dtype; looked up before the cast, so that their gradients are summed in float32."""
-  return _stored(module, name)[index].astype(module.config.dtype)
+  return for_lookup(name, _stored(module, name), index.size)[index].astype(module.config.dtype)
 
 
 def _stored(module, name):
