@@ -261,7 +261,13 @@ def _compiled(lowered, arguments, trips):
   # Arrays in HBM are padded to tiles: what arguments take beyond their sizes is counted as the program's own.
   own = (stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + stats.argument_size_in_bytes - arguments
          + max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes))
-  moved = compiled.traffic(executable.as_text(), trips)
+  try:
+    text = executable.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    raise ConfigError(f'jaxlib {importlib.metadata.version("jaxlib")} cannot read what this TPU compiler makes '
+                      f'({str(error).splitlines()[0][:200]}). Install the libtpu that belongs to it: pip install -e '
+                      "'.[tpu]'.") from error
+  moved = compiled.traffic(text, trips)
   return {'own': own, 'hbm': moved.hbm, 'sent': moved.sent, 'collectives': moved.count, 'compile_seconds': seconds}
 
 

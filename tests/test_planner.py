@@ -182,6 +182,12 @@ class TestNothingIsReplicatedByAccident:
     streams = {shape for shape in shapes(text) if len(shape) == 3 and shape[1:] == (13, CONFIG.width)}
     assert streams == {(4, 13, CONFIG.width)}
 
+  def test_no_layer_is_kept_gathered_for_the_backward_pass(self):
+    model = LanguageModel(dataclasses.replace(CONFIG, scan_layers=True, layers=3))
+    text, _ = compiled_text('sft', cross_entropy(model), functools.partial(initial_params, model))
+    found = shapes(text)
+    assert (32, 22) in found and (3, 32, 22) not in found                        # up_DF cut over tensor alone; of all layers
+
   @pytest.mark.parametrize('stage', ['sft', 'reward', 'ppo'])
   def test_state_comes_in_and_goes_out_in_parts(self, stage):
     text, state = compiled_text(stage)
@@ -223,7 +229,7 @@ def show(capsys, *flags, sizes=None, **settings):
 
 SMALL = {'preset': 'flat', 'remat': True, 'data__limits__prompt_tokens': 6, 'data__limits__response_tokens': 2,
          'sft__batch_size': 512, 'sft__microbatches': 1, 'reward__batch_size': 4, 'ppo__batch_size': 4, 'ppo__epochs': 1,
-         'ppo__minibatches': 1}
+         'ppo__minibatches': 1, 'ppo__shared_trunk': True}
 
 
 def test_what_does_not_fit_is_said_and_what_helps_is_tried(capsys, monkeypatch):

@@ -88,7 +88,8 @@ def prepare_to_decode(model, params, gather=True):
   cast = lambda tree: jax.tree.map(lambda x: x.astype(model.config.dtype), tree)
   backbone = params['backbone'] | {'blocks': split_layers(params['backbone']['blocks'], model.config.layers)}
   params = cast(params | {'backbone': backbone})
-  return gathered(params) if gather else params
+  name = lambda path: path[-1].key
+  return jax.tree_util.tree_map_with_path(lambda path, x: gathered(x, name(path)), params) if gather else params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ It serves parameters, optimizer state (Optax keeps the names), batches and activ
 do not cover raises, so a misspelt one is never replicated by accident. Meshes are made in `runners.py`.
 """
 
+import functools
 import math
 
 import jax
@@ -65,6 +66,11 @@ def batch_parts():
   return _parts(RULES['B'], dict(mesh.shape)) if set(RULES['B']) <= set(mesh.axis_names) else 1
 
 
+def cuts_parameters():
+  """Whether the current mesh cuts parameters along fsdp, so that they are `gathered` to be used."""
+  return dict(jax.sharding.get_abstract_mesh().shape).get('fsdp', 1) > 1
+
+
 def _checked(path, leaf, axis_sizes, rules):
   name = _name(path)
   if not leaf.shape and name not in rules:
@@ -101,33 +107,40 @@ def constrain(x, letters, **cut):
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*((cut | {'B': RULES['B']}).get(letter) for letter in letters)))
 
 
-def gathered(tree):
-  """Parameters laid out on the current mesh by their names, but whole along fsdp: for a loop that reads them at every turn.
-
-  An axis that the mesh does not divide is left whole too. The tree itself without a data x fsdp x tensor mesh.
-  """
+def _pin(x, name, without=()):
+  """x laid out on the current mesh by its name, whole along the axes `without` and where the mesh does not divide it."""
   mesh = jax.sharding.get_abstract_mesh()
-  if not set(RULES['B']) <= set(mesh.axis_names):
-    return tree
-  sizes = dict(mesh.shape) | {'fsdp': 1}
+  if not x.shape or not set(RULES['B']) <= set(mesh.axis_names):
+    return x
 
   def kept(axes, size):
-    axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis != 'fsdp')
-    return axes if size % _parts(axes, sizes) == 0 else None
-
-  def one(path, x):
-    found = spec(_name(path), x.shape) if x.shape else PartitionSpec()
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(kept, found, x.shape)))
-  return jax.tree_util.tree_map_with_path(one, tree)
+    axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in without)
+    return axes if size % _parts(axes, dict(mesh.shape)) == 0 else None
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(kept, spec(name, x.shape), x.shape)))
 
 
-def for_lookup(name, table, count):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(weight, name):
+  """A parameter, whole along the mesh axis fsdp while it is used; its gradient is cut along it again. Else unchanged.
+
+  Said here, because what a compiler does of itself with a weight that is cut along a contracted axis is to send it around
+  piece by piece, and to add to all of the product for each.
+  """
+  return _pin(weight, name, without=('fsdp',))
+
+
+# The gradient first whole, then cut: each chip sums over its own sequences, and the sums of all are scattered.
+gathered.defvjp(lambda weight, name: (_pin(weight, name, without=('fsdp',)), None),
+                lambda name, _, gradient: (_pin(_pin(gradient, name, without=('fsdp',)), name),))
+
+
+def for_lookup(table, name, count):
   """A table, `gathered` where so many rows are looked up that these would be more to send than the table itself.
 
   What is cut over fsdp, as the batch is, is else looked up by every chip for all sequences, and summed over all chips.
   """
   rows = table.shape[0] / dict(jax.sharding.get_abstract_mesh().shape).get('tensor', 1)
-  return gathered({name: table})[name] if count >= rows else table
+  return gathered(table, name) if count >= rows else table
 
 
 def by_device(fn, inputs, output):
