@@ -19,7 +19,7 @@ from typing import Literal
 import jax
 
 from rlhf_jax import config as configs
-from rlhf_jax import processes, report, runners
+from rlhf_jax import planner, processes, report, runners
 from rlhf_jax.checkpoint import read_meta
 from rlhf_jax.data.text import check_vocabulary, load_tokenizer, pad_token, save_tokenizer, train_tokenizer
 from rlhf_jax.errors import CheckpointError, ConfigError, PreemptedError, RlhfJaxError
@@ -45,20 +45,41 @@ class Command:
   run_dir: str = ''  # where everything is written; empty: runs/NAME
   restart: bool = False  # delete what an earlier run left in the run directory
   export: bool = True  # write the finished models as Hugging Face directories
+  plan: str = ''  # run nothing: compile for these devices, e.g. v5p:4x4x4 or cpu:8, and say whether all fits, and how fast
+  json: bool = False  # the plan as JSON
+  sized_for: str = ''  # take what the experiment sets for these devices, as --plan does; other flags take precedence
   processes: ProcessesConfig = ProcessesConfig()
 
 
-def main(experiment, make_task, description, name=None, args=None):
+def main(experiment, make_task, description, name=None, args=None, sizes=None):
   """Runs an experiment from the command line, and exits as `clear_exits` says.
 
-  `make_task(experiment)` gives the Task. `name` (the module's, by default) names the run directory.
+
+  `make_task(experiment)` gives the Task. `name` (the module's, by default) names the run directory. `sizes` has settings
+  that suit a model preset on certain devices, {'llama3-8b': {'v5p:4x4x4': {'mesh.fsdp': 16}}}. --plan exits with 1 where
+  they do not fit.
   """
   with clear_exits():
-    experiment, command = configs.parse(experiment, Command(), description, args)
+    experiment, command = _parse(experiment, description, args, sizes or {})
+    if command.plan:
+      sys.exit(0 if show_plan(experiment, command.plan, command.json) else 1)
   directory = pathlib.Path(command.run_dir or pathlib.Path('runs') / (name or pathlib.Path(sys.argv[0]).stem))
   with clear_exits(directory, command.processes.lost_s):
     processes.join(command.processes)
     return run_stages(experiment, make_task, directory, command)
+
+
+def _parse(default, description, args, sizes):
+  """(experiment, command) of the flags, over what `sizes` says of the devices that they name."""
+  experiment, command = configs.parse(default, Command(), description, args)
+  sized, devices = sizes.get(experiment.preset, {}), command.plan or command.sized_for
+  if devices in sized:
+    return configs.parse(configs.override(default, sized[devices] | {'preset': experiment.preset}), Command(), description,
+                         args)
+  if command.sized_for:
+    raise ConfigError(f'--sized-for {command.sized_for}, but for {experiment.preset} this experiment has settings for: '
+                      f'{", ".join(sized) or "nothing"}. Choose one of those, or set the mesh by its flags.')
+  return experiment, command
 
 
 @contextlib.contextmanager
@@ -134,28 +155,37 @@ def prepare(experiment, make_task, directory):
   """The Run of an experiment: task, tokenizer, models and devices, checked against each other."""
   task = make_task(experiment)
   pretrained, tokenizer_dir = None, directory / 'tokenizer'
-  runtime = {'dtype': experiment.dtype, 'attention': experiment.attention, 'remat': experiment.remat}
   if experiment.pretrained is not None:
-    model_config = huggingface.read_config(experiment.pretrained, **runtime)
+    model_config = huggingface.read_config(experiment.pretrained, **_runtime(experiment))
     huggingface.find_weights(experiment.pretrained, model_config)                # says now what is missing, not at the stage
     pretrained = functools.partial(huggingface.load, experiment.pretrained, model_config)
     tokenizer = load_tokenizer(experiment.pretrained)
   else:
-    model_config = preset(experiment.preset, **runtime)
+    model_config = preset(experiment.preset, **_runtime(experiment))
     processes.once('tokenizer', lambda: _make_tokenizer(tokenizer_dir, task.demonstrations[0], model_config.vocab_size))
     tokenizer = load_tokenizer(tokenizer_dir)
   if task.chat_template is not None:
     tokenizer.chat_template = task.chat_template
-  reward_config = model_config if experiment.reward_preset is None else \
-    preset(experiment.reward_preset, vocab_size=model_config.vocab_size, **runtime)
-  if experiment.reward_preset is not None and experiment.ppo.shared_trunk:
-    raise ConfigError("a value head on the policy's trunk, but a reward model of another size "
-                      f'({experiment.reward_preset}). Drop --reward-preset or --ppo.shared-trunk.')
+  reward_config = _reward_config(experiment, model_config)
   check_vocabulary(tokenizer, policy=model_config, reward=reward_config)
+  _check_attention(experiment.attention, jax.default_backend())
+  return _run(experiment, task, tokenizer, make_runner(experiment.mesh), directory, model_config, reward_config, pretrained)
+
+
+def prepare_shapes(experiment, devices):
+  """The Run of an experiment on devices that need not be here: without task, tokenizer and weights, for its shapes alone."""
+  if experiment.pretrained is not None and pathlib.Path(experiment.pretrained).is_dir():
+    model_config = huggingface.read_config(experiment.pretrained, **_runtime(experiment))
+  else:
+    model_config = preset(experiment.preset, **_runtime(experiment))
+  _check_attention(experiment.attention, devices[0].platform)
+  return _run(experiment, None, planner.TOKENIZER, make_runner(experiment.mesh, devices), None, model_config,
+              _reward_config(experiment, model_config))
+
+
+def _run(experiment, task, tokenizer, runner, directory, model_config, reward_config, pretrained=None):
   for size in (model_config, reward_config):
     check_length(size, experiment.data.limits.tokens)
-  _check_attention(experiment.attention)
-  runner = make_runner(experiment.mesh)
   _check_answers(experiment.ppo, runner.batch_parts)
   return Run(experiment, task, tokenizer, runner, directory, LanguageModel(model_config), ScalarModel(reward_config),
              pretrained)
@@ -172,9 +202,42 @@ def _make_tokenizer(directory, demonstrations, vocab_size):
   unfinished.rename(directory)
 
 
-def _check_attention(kernel):
+def _runtime(experiment):
+  """What an experiment says of how models compute, whatever their size."""
+  return {name: getattr(experiment, name) for name in ('dtype', 'attention', 'remat', 'scan_layers')}
+
+
+def _reward_config(experiment, model_config):
+  if experiment.reward_preset is None:
+    return model_config
+  if experiment.ppo.shared_trunk:
+    raise ConfigError("a value head on the policy's trunk, but a reward model of another size "
+                      f'({experiment.reward_preset}). Drop --reward-preset or --ppo.shared-trunk.')
+  return preset(experiment.reward_preset, vocab_size=model_config.vocab_size, **_runtime(experiment))
+
+
+def show_plan(experiment, topology, as_json=False):
+  """Prints what the experiment's programs cost on a topology, and what would help; returns whether all of them fit."""
+  prepare_process()
+  devices = planner.devices(topology)
+  say = lambda text: print(text, file=sys.stderr, flush=True)
+  prepare_it = lambda experiment: prepare_shapes(experiment, devices)
+  made, suggestion = planner.plan(prepare_it(experiment), topology, say=say), None
+  if made.too_large:
+    suggestion = planner.suggest(experiment, made, prepare_it, configs.override, say)
+  if as_json:
+    print(json.dumps(planner.to_json(made, suggestion), indent=2))
+  else:
+    print(planner.markdown(made))
+    if made.too_large:
+      print(f'It fits with {planner.flags(suggestion)}' if suggestion else
+            'Nothing that was tried makes it fit: take more or larger chips, or shorter sequences.')
+  return not made.too_large
+
+
+def _check_attention(kernel, found):
   """ConfigError where the devices are not those that a kernel is for."""
-  needed, found = {'cudnn': 'gpu', 'splash': 'tpu'}.get(kernel), jax.default_backend()
+  needed = {'cudnn': 'gpu', 'splash': 'tpu'}.get(kernel)
   if needed not in (None, found):
     raise ConfigError(f'--attention {kernel} is for a {needed.upper()}, but the devices here are {found.upper()}s. Use '
                       '--attention xla.')
@@ -188,11 +251,11 @@ def _check_answers(config, parts):
                         f'batch. Pass a multiple of {parts}.')
 
 
-def make_runner(mesh):
-  """The Runner that a MeshConfig names."""
+def make_runner(mesh, devices=None):
+  """The Runner that a MeshConfig names, on the devices of this process unless others are given."""
   if mesh.runner == 'sharded':
-    return runners.sharded(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
-  return {'single': runners.single, 'pmap': runners.pmapped}[mesh.runner]()
+    return runners.sharded(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices)
+  return runners.pmapped(devices) if mesh.runner == 'pmap' else runners.single(devices and devices[0])
 
 
 def _open_directory(experiment, directory, command):

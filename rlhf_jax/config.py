@@ -87,11 +87,13 @@ class PPOConfig:
   iterations: int = 60  # rounds of answering and learning
   batch_size: int = 64  # prompts answered in an iteration
   slots: int | None = None  # answers written at a time, from a queue of the prompts; None: all at once
+  gather: bool = True  # sharded: join what fsdp cuts once for all answers, not at every token; a chip holds more meanwhile
   lengths: int = 1  # to how many different lengths prompts and answers are padded: more compute less, and compile more
   epochs: int = 4  # passes over an iteration's answers
   minibatches: int = 1  # updates in a pass
   microbatches: int = 1  # pieces that a minibatch is computed in
   temperature: float = 1.0  # of sampling; log-probabilities are taken at it everywhere
+  value_from: Literal['reward', 'policy'] = 'reward'  # what the value starts as: the reward model, or SFT with a head of 0
   shared_trunk: bool = False  # value as a second head on the policy, instead of a network of its own
   kl_weight: float = 0.05  # reward lost for each nat that the policy moves from the SFT model
   kl_target_nats_per_sequence: float | None = None  # adapts kl_weight to hold this KL (OpenAI 2019: 6); None: fixed
@@ -122,6 +124,7 @@ class Experiment:
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and products
   attention: Literal['xla', 'cudnn', 'splash'] = 'xla'  # xla: anywhere; cudnn: NVIDIA GPUs, in bfloat16; splash: TPUs
   remat: bool = False  # recompute blocks in the backward pass: less memory, more work
+  scan_layers: bool = False  # one compiled block for all layers, outside decoding: deep models compile faster
   mesh: MeshConfig = MeshConfig()
   data: DataConfig = DataConfig()
   sft: SFTConfig = SFTConfig()

@@ -31,22 +31,24 @@ _RINGS, _RING_TOKENS = 4, 16
 _REFILLS = 4  # a refill waits until one slot in so many is free: fewer prefills, against slots that idle
 
 
-def generate(model, params, prompts, key, sampling, slots=None):
+def generate(model, params, prompts, key, sampling, slots=None, gather=True):
   """Answers of a LanguageModel to left-padded prompts, as a Rollout of R = sampling.new_tokens response slots.
 
   `slots` sequences are decoded at a time (None: all of them at once); where a mesh cuts the batch, each part drains a
-  queue of its own. Stops when every response has sampled one of `sampling.end_tokens` or is full. `logprob_BR` are the
-  nats of the distribution that was sampled from: at the temperature, after top-k and top-p. At temperature 0 they are
-  those of temperature 1.
+  queue of its own. `gather` is that of `prepare_to_decode`. Stops when every response has sampled one of
+  `sampling.end_tokens` or is full. `logprob_BR` are the nats of the distribution that was sampled from: at the
+  temperature, after top-k and top-p. At temperature 0 they are those of temperature 1.
   """
   sizes = check_axes(tokens_BP=prompts.tokens_BP, valid_BP=prompts.valid_BP, sample_B=prompts.sample_B)
   check_length(model.config, sizes['P'] + sampling.new_tokens)
   _check_ids(model.config, sampling)
-  params, parts = prepare_to_decode(model, params), batch_parts()
+  parts = batch_parts()
+  slots = _check_slots(sizes['B'], slots, parts)
+  params = prepare_to_decode(model, params, gather)
   # All chance is drawn at once: in the decode loop it would be a hundred small operations a token.
   uniform_BR = uniforms(key, prompts.sample_B[:, None], jnp.arange(sampling.new_tokens))
   queue = _Queue(functools.partial(model.apply, {'params': params}), unembed_DV(params), jax.tree.map(jnp.asarray, prompts),
-                 uniform_BR, sampling, model.config, parts, _check_slots(sizes['B'], slots, parts))
+                 uniform_BR, sampling, model.config, parts, slots)
   answers = queue.drain()
   mask_BR = jnp.arange(sampling.new_tokens) < answers.length_B[:, None]
   return Rollout(tokens_BT=jnp.concatenate([prompts.tokens_BP, answers.tokens_BR], 1),
@@ -143,9 +145,7 @@ class _Queue:
 
   def _rings(self):
     """Sizes of the cache, one after another, where no slot is ever filled again: what is not written is not read."""
-    P, R = self.prompts.tokens_BP.shape[1], self.sampling.new_tokens
-    count = min(_RINGS, -(-R // _RING_TOKENS))
-    return [P + -(-R * i // count) for i in range(1, count + 1)]
+    return [self.prompts.tokens_BP.shape[1] + length for length in ring_growth(self.sampling.new_tokens)]
 
   def _grown(self, state, ring):
     """The same state with a longer ring, of which the new places are empty."""
@@ -217,7 +217,9 @@ class _Queue:
   def _draw(self, hidden_QD, answers, prompt_Q, slot_Q, alive_Q):
     """The next token of each sequence, the answers with it where it is alive, and which sequences go on after it."""
     logits_QV = jnp.matmul(hidden_QD, self.unembed_DV, preferred_element_type=jnp.float32)
-    logits_QV = constrain(logits_QV, 'BV')                                      # gathered once, then sampled locally
+    # Each chip makes its part of the logits; they are gathered once, then sampled locally. Without the first line it is
+    # the unembedding that is gathered, and every chip makes all.
+    logits_QV = constrain(constrain(logits_QV, 'BV', V='tensor'), 'BV')
     uniform_Q = self._each_part(lambda x, *at: x.at[at].get(mode='clip'), self.uniform_BR, prompt_Q, slot_Q)
     token_Q, logprob_Q = sample_tokens(logits_QV, uniform_Q, self.sampling)
     ends_Q = jnp.isin(token_Q, jnp.array(self.sampling.end_tokens, jnp.int32))
@@ -236,7 +238,21 @@ class _Queue:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(fn)(*cut))
 
 
+def ring_growth(new_tokens):
+  """After how many tokens of a response the cache ends, one size after another."""
+  count = min(_RINGS, -(-new_tokens // _RING_TOKENS))
+  return [-(-new_tokens * i // count) for i in range(1, count + 1)]
+
+
 def _around(x, axis, ring, clock):
   """Prompts laid into a ring so that their last token stands before the next place to be written."""
   widths = [(0, ring - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
   return jnp.roll(jnp.pad(x, widths), clock - x.shape[axis], axis)
+
+
+def loop_trips(prompts, new_tokens, slots=None, parts=1):
+  """How often the loops of `generate` run, the outer before the inner, where every answer runs to its limit."""
+  if slots is None or slots >= prompts:
+    return (new_tokens / len(ring_growth(new_tokens)),)
+  fills = prompts / parts / -(-slots // parts // _REFILLS)
+  return fills, new_tokens * prompts / slots / fills

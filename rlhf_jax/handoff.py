@@ -2,6 +2,7 @@
 
     reward.backbone <- sft.backbone        reward.scalar <- fresh
     policy, reference <- sft               value <- reward, or a head of zeros on sft.backbone where there is no reward
+                                                    or where the value is to have the policy's size
 """
 
 import jax.numpy as jnp
@@ -13,7 +14,10 @@ def reward_params(sft_params, fresh):
 
 
 def value_params(sft_params, reward, shared_trunk):
-  """Parameters of a new value function: the reward model's, or a head of zeros on the policy's trunk or a copy of it."""
+  """Parameters of a new value function: the reward model's, or a head of zeros on the policy's trunk or a copy of it.
+
+  `reward` is None where there is no reward model, or where the value is not to start from it.
+  """
   if reward is not None and not shared_trunk:
     return reward
   width = sft_params['backbone']['final_norm_D'].shape[0]

@@ -59,7 +59,7 @@ class Runner:
     return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), found, is_leaf=_is_spec)
 
   def place(self, tree, kind: Kind):
-    """The tree on the devices of this runner; arrays that lie there already are not copied.
+    """The tree on the devices of this runner; arrays that lie there already are not copied, shapes learn where they would.
 
     Of a batch each process passes its own `part` of the rows; all else is the same in every process.
     """
@@ -105,7 +105,8 @@ class Runner:
   def compile(self, fn, *, inputs: tuple[Kind, ...], outputs: tuple[Kind, ...] | Kind, donate: tuple[int, ...] = ()):
     """fn, compiled for this runner's devices. Arguments are placed where they are not yet; those of `donate` are given up.
 
-    The result has `.lower(*args)`, to read the compiled program.
+    The result has `.trace(*args)` and `.lower(*args)`, to read the program: they take shapes too, of arrays that need not
+    exist, on devices that need not be here.
     """
     if self.axis_name is not None:
       fn = self._mapped(fn, inputs, outputs)
@@ -124,7 +125,7 @@ class Runner:
         return method(*args)
 
     run = functools.partial(placed, jitted)
-    run.lower = functools.partial(placed, jitted.lower)
+    run.trace, run.lower = functools.partial(placed, jitted.trace), functools.partial(placed, jitted.lower)
     return run
 
   def _pin(self, tree, kind):
@@ -163,6 +164,8 @@ def _is_local(x):
 
 def _put(x, sharding, shape):
   """x, or this process's part of an array of that shape, on the devices of a sharding."""
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
   if sharding.is_fully_addressable or not _is_local(x):
     return jax.device_put(x, sharding)
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -137,6 +137,7 @@ PRESETS = {
   'llama2-7b': _llama(32000, 4096, 32, 32, 32, 11008, 4096),
   'llama3-8b': _llama(128256, 4096, 32, 32, 8, 14336, 8192, **_LLAMA3),
   'llama3.1-8b': _llama(128256, 4096, 32, 32, 8, 14336, 131072, rope_scaling=_LLAMA31, **_LLAMA3),
+  'llama3.1-70b': _llama(128256, 8192, 80, 64, 8, 28672, 131072, rope_scaling=_LLAMA31, **_LLAMA3),
   'llama3.2-1b': _llama(128256, 2048, 16, 32, 8, 8192, 131072, rope_scaling=_LLAMA32, tied=True, **_LLAMA3),
   'llama3.2-3b': _llama(128256, 3072, 28, 24, 8, 8192, 131072, rope_scaling=_LLAMA32, tied=True, **_LLAMA3),
   'mistral-7b': _llama(32000, 4096, 32, 32, 8, 14336, 32768, family='mistral', window=4096),

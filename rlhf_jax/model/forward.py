@@ -11,7 +11,7 @@ from rlhf_jax.errors import ConfigError
 from rlhf_jax.maths.logprob import chunked_logprobs
 from rlhf_jax.model.attention import Causal, project
 from rlhf_jax.model.heads import unembed_DV
-from rlhf_jax.model.partition import batch_parts
+from rlhf_jax.model.partition import batch_parts, gathered
 
 
 def positions(valid_BT, segment_BT=None):
@@ -56,7 +56,7 @@ def logits(model, params, tokens_BT, valid_BT):
 
 def logprobs_from_hidden(model, params, hidden_BTD, target_BT, temperature=1.0):
   """Nats and entropy of each target under the stream at its place: (logprob_BT, entropy_BT), float32."""
-  return chunked_logprobs(hidden_BTD, unembed_DV(params), target_BT, temperature=temperature,
+  return chunked_logprobs(hidden_BTD, gathered(unembed_DV(params), 'unembed_DV'), target_BT, temperature=temperature,
                           tokens_per_chunk=model.config.tokens_per_chunk * batch_parts())
 
 

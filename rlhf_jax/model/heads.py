@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from rlhf_jax.errors import ConfigError
 from rlhf_jax.model.attention import Causal
 from rlhf_jax.model.config import ModelConfig
+from rlhf_jax.model.partition import gathered
 from rlhf_jax.model.transformer import Transformer, split_layers
 
 
@@ -79,11 +80,16 @@ def unembed_DV(params):
   return params['unembed']['unembed_DV'] if 'unembed' in params else params['backbone']['embedding_VD'].T
 
 
-def prepare_to_decode(model, params):
-  """Parameters in the compute dtype, blocks split into layers: made once, outside a decode loop."""
+def prepare_to_decode(model, params, gather=True):
+  """Parameters in the compute dtype, blocks split into layers: made once, outside a decode loop.
+
+  With `gather` they are whole along the mesh axis fsdp, which would else be gathered at every token.
+  """
   cast = lambda tree: jax.tree.map(lambda x: x.astype(model.config.dtype), tree)
   backbone = params['backbone'] | {'blocks': split_layers(params['backbone']['blocks'], model.config.layers)}
-  return cast(params | {'backbone': backbone})
+  params = cast(params | {'backbone': backbone})
+  name = lambda path: path[-1].key
+  return jax.tree_util.tree_map_with_path(lambda path, x: gathered(x, name(path)), params) if gather else params
 
 
 @dataclasses.dataclass(frozen=True)

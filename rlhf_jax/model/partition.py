@@ -4,6 +4,7 @@ It serves parameters, optimizer state (Optax keeps the names), batches and activ
 do not cover raises, so a misspelt one is never replicated by accident. Meshes are made in `runners.py`.
 """
 
+import functools
 import math
 
 import jax
@@ -65,6 +66,11 @@ def batch_parts():
   return _parts(RULES['B'], dict(mesh.shape)) if set(RULES['B']) <= set(mesh.axis_names) else 1
 
 
+def cuts_parameters():
+  """Whether the current mesh cuts parameters along fsdp, so that they are `gathered` to be used."""
+  return dict(jax.sharding.get_abstract_mesh().shape).get('fsdp', 1) > 1
+
+
 def _checked(path, leaf, axis_sizes, rules):
   name = _name(path)
   if not leaf.shape and name not in rules:
@@ -84,8 +90,11 @@ def _checked(path, leaf, axis_sizes, rules):
   return found
 
 
-def constrain(x, letters):
-  """x, with its axes pinned to a data x fsdp x tensor mesh: B split, the rest whole. No-op without such a mesh."""
+def constrain(x, letters, **cut):
+  """x, with its axes pinned to a data x fsdp x tensor mesh: B split, the rest whole. No-op without such a mesh.
+
+  `cut` names mesh axes for other letters, V='tensor', which cut them where they divide.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if not set(RULES['B']) <= set(mesh.axis_names):
     return x
@@ -94,7 +103,44 @@ def constrain(x, letters):
     if letter == 'B' and size % parts:
       raise ShardingError(f'{size} sequences at a time, which the {parts} devices of the mesh axes data x fsdp do not '
                           'divide. Choose a batch size that they divide after the cut into minibatches and microbatches.')
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*(RULES['B'] if letter == 'B' else None for letter in letters)))
+  cut = {letter: axis for letter, axis in cut.items() if x.shape[letters.index(letter)] % mesh.shape[axis] == 0}
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*((cut | {'B': RULES['B']}).get(letter) for letter in letters)))
+
+
+def _pin(x, name, without=()):
+  """x laid out on the current mesh by its name, whole along the axes `without` and where the mesh does not divide it."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if not x.shape or not set(RULES['B']) <= set(mesh.axis_names):
+    return x
+
+  def kept(axes, size):
+    axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in without)
+    return axes if size % _parts(axes, dict(mesh.shape)) == 0 else None
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(kept, spec(name, x.shape), x.shape)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(weight, name):
+  """A parameter, whole along the mesh axis fsdp while it is used; its gradient is cut along it again. Else unchanged.
+
+  Said here, because what a compiler does of itself with a weight that is cut along a contracted axis is to send it around
+  piece by piece, and to add to all of the product for each.
+  """
+  return _pin(weight, name, without=('fsdp',))
+
+
+# The gradient first whole, then cut: each chip sums over its own sequences, and the sums of all are scattered.
+gathered.defvjp(lambda weight, name: (_pin(weight, name, without=('fsdp',)), None),
+                lambda name, _, gradient: (_pin(_pin(gradient, name, without=('fsdp',)), name),))
+
+
+def for_lookup(table, name, count):
+  """A table, `gathered` where so many rows are looked up that these would be more to send than the table itself.
+
+  What is cut over fsdp, as the batch is, is else looked up by every chip for all sequences, and summed over all chips.
+  """
+  rows = table.shape[0] / dict(jax.sharding.get_abstract_mesh().shape).get('tensor', 1)
+  return gathered(table, name) if count >= rows else table
 
 
 def by_device(fn, inputs, output):

@@ -17,20 +17,20 @@ from rlhf_jax.axes import axes_of
 from rlhf_jax.model.attention import Causal, attend, frequencies, layer_norm, project, rms_norm, rotate
 from rlhf_jax.model.cache import write
 from rlhf_jax.model.config import ModelConfig
-from rlhf_jax.model.partition import constrain
+from rlhf_jax.model.partition import constrain, cuts_parameters, for_lookup, gathered
 
 _ACTIVATIONS = {'silu': jax.nn.silu, 'gelu': functools.partial(jax.nn.gelu, approximate=False),
                 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
 
 
 def _weight(module, name):
-  """The parameter of that name, its sizes read off the suffix, cast to the compute dtype."""
-  return _stored(module, name).astype(module.config.dtype)
+  """The parameter of that name, its sizes read off the suffix, cast to the compute dtype and then gathered."""
+  return gathered(_stored(module, name).astype(module.config.dtype), name)
 
 
 def _row(module, name, index):
   """Rows of a table in the compute dtype; looked up before the cast, so that their gradients are summed in float32."""
-  return _stored(module, name)[index].astype(module.config.dtype)
+  return for_lookup(_stored(module, name), name, index.size)[index].astype(module.config.dtype)
 
 
 def _stored(module, name):
@@ -51,11 +51,19 @@ def _initial(name, config):
 
 
 def _norm(module, name, x_BTD):
+  """The stream normalised, all T of it on every chip: what products with weights that `tensor` cuts read."""
   c = module.config
   scale_D = _weight(module, f'{name}_D')
   if c.norm == 'rms':
-    return rms_norm(x_BTD, scale_D, c.norm_epsilon)
-  return layer_norm(x_BTD, scale_D, _weight(module, f'{name}_bias_D'), c.norm_epsilon)
+    y_BTD = rms_norm(x_BTD, scale_D, c.norm_epsilon)
+  else:
+    y_BTD = layer_norm(x_BTD, scale_D, _weight(module, f'{name}_bias_D'), c.norm_epsilon)
+  return constrain(y_BTD, 'BTD')
+
+
+def _stream(x_BTD):
+  """The stream between two such products, of which a chip keeps its part of T: what they add to it is scattered."""
+  return constrain(x_BTD, 'BTD', T='tensor')
 
 
 class Block(nn.Module):
@@ -74,7 +82,7 @@ class Block(nn.Module):
     x_BTD = _chosen(x_BTD, wanted)
     if c.parallel_residual:
       return x_BTD + attended_BTD + self._feedforward(_norm(self, 'feedforward_norm', x_BTD)), cache
-    x_BTD = x_BTD + attended_BTD
+    x_BTD = _stream(x_BTD + attended_BTD)
     return x_BTD + self._feedforward(_norm(self, 'feedforward_norm', x_BTD)), cache
 
   def _attention(self, y_BTD, position_BT, sees, cache, slot, wanted):
@@ -100,7 +108,7 @@ class Block(nn.Module):
   def _feedforward(self, y_BTD):
     c, weight = self.config, functools.partial(_weight, self)
     def branch(name):
-      x_BTF = project(y_BTD, weight(f'{name}_DF'))
+      x_BTF = constrain(project(y_BTD, weight(f'{name}_DF')), 'BTF', F='tensor')
       return x_BTF + weight(f'{name}_bias_F') if c.feedforward_bias else x_BTF
     activation = _ACTIVATIONS[c.activation]
     inner_BTF = activation(branch('gate')) * branch('up') if c.gated else activation(branch('up'))
@@ -124,7 +132,7 @@ class Transformer(nn.Module):
     x_BTD = _row(self, 'embedding_VD', tokens_BT)
     if c.position == 'learned':
       x_BTD = x_BTD + _row(self, 'position_TD', position_BT)
-    x_BTD = constrain(x_BTD, 'BTD')
+    x_BTD = _stream(x_BTD)
     blocks = self.param('blocks', _initial_blocks, c) if self.is_initializing() else self.get_variable('params', 'blocks')
     if c.scan_layers and cache is None:
       x_BTD = _chosen(_scanned(c, blocks, x_BTD, position_BT, sees), wanted)
@@ -178,12 +186,20 @@ def _initial_blocks(key, config):
 
 def _apply_block(config, wanted, layer, *args):
   x_BTD, cache = Block(config).apply({'params': layer}, *args, wanted=wanted)
-  return constrain(x_BTD, 'BTD'), cache
+  return _stream(x_BTD), cache
+
+
+# What a weight goes through before it is multiplied with: done again rather than kept, or all layers are kept gathered.
+_BEFORE_PRODUCTS = 'convert_element_type', 'sharding_constraint', 'reshape', 'transpose'
 
 
 def _remat(config, wanted=None):
+  """A block whose backward pass makes again what `remat` says: all of it, or else only weights that have to be gathered."""
   apply = functools.partial(_apply_block, config, wanted)
-  return jax.checkpoint(apply, prevent_cse=not config.scan_layers) if config.remat else apply
+  if not config.remat and not cuts_parameters():
+    return apply
+  policy = None if config.remat else lambda primitive, *_, **__: primitive.name not in _BEFORE_PRODUCTS
+  return jax.checkpoint(apply, prevent_cse=not config.scan_layers, policy=policy)
 
 
 def _unrolled(config, blocks, x_BTD, position_BT, sees, cache, slot, wanted):

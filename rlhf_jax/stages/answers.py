@@ -23,7 +23,8 @@ def compile_answer(run, slots=None):
   """answer(policy parameters, Prompts, key) -> Rollout, on this run's devices, writing `slots` answers at a time or all."""
   if slots is not None and run.runner.axis_name is not None:                    # there each device has a queue of its own
     slots //= run.runner.mesh.size
-  return run.runner.compile(functools.partial(generate, run.policy, sampling=sampling(run), slots=slots),
+  return run.runner.compile(functools.partial(generate, run.policy, sampling=sampling(run), slots=slots,
+                                              gather=run.experiment.ppo.gather),
                             inputs=('params', 'batch', 'same'), outputs='batch')
 
 

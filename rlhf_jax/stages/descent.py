@@ -20,6 +20,14 @@ from rlhf_jax.stages.task import Run
 from rlhf_jax.step import init_state, make_eval_step, make_train_step
 
 
+def compile_step(runner, loss_fn, config):
+  """(optimizer, step): the update of a stage with that config, compiled, and what made it."""
+  warmup = min(config.optimizer.warmup_steps, config.steps // 2)                  # a short trial run is still a run
+  optimizer = make_optimizer(dataclasses.replace(config.optimizer, total_steps=config.steps, warmup_steps=warmup))
+  step = make_train_step(loss_fn, optimizer, axis_name=runner.axis_name, microbatches=config.microbatches)
+  return optimizer, runner.compile(step, inputs=('params', 'batch', 'same'), outputs=('params', 'same'), donate=(0,))
+
+
 def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out, unit):
   """State after config.steps updates, and the last evaluation; the stage's last checkpoint is left to `save_final`.
 
@@ -29,10 +37,7 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
   `unit` is what a loss counts, for the speed that is shown. Returns (state, evaluation).
   """
   runner, key = run.runner, jax.random.key(run.experiment.seed)
-  warmup = min(config.optimizer.warmup_steps, config.steps // 2)                  # a short trial run is still a run
-  optimizer = make_optimizer(dataclasses.replace(config.optimizer, total_steps=config.steps, warmup_steps=warmup))
-  step = runner.compile(make_train_step(loss_fn, optimizer, axis_name=runner.axis_name, microbatches=config.microbatches),
-                        inputs=('params', 'batch', 'same'), outputs=('params', 'same'), donate=(0,))
+  optimizer, step = compile_step(runner, loss_fn, config)
   evaluate = _evaluation(runner, loss_fn, held_out)
   with Checkpoints(run.checkpoints(name)) as checkpoints, run.log(name) as log:
     start = checkpoints.latest()

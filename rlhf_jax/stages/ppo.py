@@ -41,14 +41,14 @@ class Programs:
 def compile_programs(run, optimizer):
   """The three programs of an iteration, for this run's devices."""
   config, runner = run.experiment.ppo, run.runner
-  models = Models(run.policy, run.reward, run.reward)
+  models = Models(run.policy, run.value, run.reward)
 
   def look_back(params, frozen, rollout, kl_weight, extra):
     return experience(models, params, frozen, rollout, config.experience, temperature=config.temperature,
                       kl_weight=kl_weight, extra_score_B=extra['score_B'], model_score_weight=config.reward_model_weight,
                       axis_name=runner.axis_name)
 
-  step = make_train_step(ppo(run.policy, run.reward, config.loss, temperature=config.temperature), optimizer,
+  step = make_train_step(ppo(run.policy, run.value, config.loss, temperature=config.temperature), optimizer,
                          axis_name=runner.axis_name, microbatches=config.microbatches)
   update = make_update(step, epochs=config.epochs, minibatches=config.minibatches, axis_name=runner.axis_name)
   return Programs(
@@ -57,19 +57,25 @@ def compile_programs(run, optimizer):
     runner.compile(update, inputs=('params', 'batch', 'same'), outputs=('params', 'same'), donate=(0,)))
 
 
+def optimizer_of(run):
+  """What turns this stage's gradients into updates; its schedule counts iterations."""
+  config = run.experiment.ppo
+  return make_optimizer(dataclasses.replace(config.optimizer, total_steps=config.iterations),
+                        updates_per_step=config.epochs * config.minibatches)
+
+
 def train(run):
   """Trains and checkpoints policy and value; returns the metrics of the last iteration."""
   experiment, config = run.experiment, run.experiment.ppo
   limits = experiment.data.limits
-  optimizer = make_optimizer(dataclasses.replace(config.optimizer, total_steps=config.iterations),
-                             updates_per_step=config.epochs * config.minibatches)
+  optimizer = optimizer_of(run)
   programs, frozen = compile_programs(run, optimizer), frozen_models(run)
   if 'reward' not in frozen and not run.task.reward_functions:
     raise ConfigError(f'PPO has nothing to score answers: no reward model in {run.stage("reward")} and no reward function. '
                       'Run the stage reward first, or give the task reward functions.')
-  if 'reward' not in frozen and run.reward.config != run.policy.config:
+  if 'reward' not in frozen and run.value.config != run.policy.config:
     raise ConfigError(f'a value function of the size of {experiment.reward_preset}, but no reward model to start it from. '
-                      'Run the stage reward first, or drop --reward-preset.')
+                      'Run the stage reward first, drop --reward-preset, or pass --ppo.value-from policy.')
   rows, skipped = encode.prompts(run.task.prompts[0], run.tokenizer, limits)
   run.say_skipped(NAME, skipped, len(rows))
   source = batches.prompt_batches(rows, batch_size=config.batch_size, length=limits.prompt_tokens, seed=experiment.seed,
@@ -80,7 +86,7 @@ def train(run):
     if start is None:
       state, start, kl_weight, known = make(), 0, config.kl_weight, {}
     else:
-      state, meta = checkpoints.restore(run.runner.abstract(functools.partial(_abstract_state, run, optimizer)))
+      state, meta = checkpoints.restore(run.runner.abstract(functools.partial(abstract_state, run, optimizer)))
       start, kl_weight, known = meta['iteration'], meta['kl_weight'], meta['evaluation']
     log.truncate_after(start if start else -1)
     began, done = time.monotonic(), start
@@ -220,17 +226,17 @@ def _write_samples(run, iteration, rollout, progress):
 
 
 def _start(run):
-  """Parameters that PPO trains: the SFT policy, and the value function that the reward model hands over."""
-  policy, scorer = sft.restore(run), reward.restore(run)
+  """Parameters that PPO trains: the SFT policy, and the value function that the reward model or that policy hands over."""
+  policy, scorer = sft.restore(run), reward.restore(run) if run.experiment.ppo.value_from == 'reward' else None
   value = handoff.value_params(policy, scorer, run.experiment.ppo.shared_trunk)
   return {'policy': policy, 'value': jax.tree.map(jnp.copy, value)}
 
 
-def _abstract_state(run, optimizer):
+def abstract_state(run, optimizer):
   """The state of the stage made of fresh parameters: for its shapes only."""
   key = jax.random.key(0)
   policy = initial_params(run.policy, key)
-  value = handoff.value_params(policy, initial_params(run.reward, key), run.experiment.ppo.shared_trunk)
+  value = handoff.value_params(policy, initial_params(run.value, key), run.experiment.ppo.shared_trunk)
   return init_state({'policy': policy, 'value': value}, optimizer)
 
 
@@ -243,7 +249,7 @@ def frozen_models(run):
 def restore(run):
   """{'policy', 'value'} of the finished stage."""
   run.require(NAME)
-  abstract = run.runner.abstract(lambda: _abstract_state(run, make_optimizer(dataclasses.replace(
+  abstract = run.runner.abstract(lambda: abstract_state(run, make_optimizer(dataclasses.replace(
     run.experiment.ppo.optimizer, schedule='constant'))).params)
   return restore_part(run.checkpoints(NAME), {'params': abstract})['params']
 

@@ -35,7 +35,7 @@ def train(run):
   collate = functools.partial(batches.collate_comparisons, length=limits.tokens, candidates=candidates)
   in_order = lambda rows: batches.in_order(rows, config.batch_size, encode.RankedRows([], []), collate, run.runner.part)
   held_out = in_order(held_out_rows)
-  state, measured = descend(run, NAME, config, model=run.reward, loss_fn=ranking(run.reward, config.centring_weight),
+  state, measured = descend(run, NAME, config, model=run.reward, loss_fn=loss(run),
                             make_params=functools.partial(_start, run), batches=source, held_out=held_out, unit='prompts')
 
   score = run.runner.compile(lambda params, batch: {'score_BC': candidate_scores(run.reward, params, batch),
@@ -76,6 +76,11 @@ def accuracy(score_BC, rank_BC):
   error = sum(abs((certain - hit)[bins == b].sum()) for b in range(10)) / len(hit)
   return {'accuracy': right.sum() / pairs.sum(), 'accuracy_low': low, 'accuracy_high': high, 'pairs': float(pairs.sum()),
           'calibration_error': float(error)}
+
+
+def loss(run):
+  """What this stage descends."""
+  return ranking(run.reward, run.experiment.reward.centring_weight)
 
 
 def restore(run):

@@ -27,12 +27,17 @@ def train(run):
                                          part=run.runner.part)
   held_out = batches.in_order(held_out_rows, config.batch_size, encode.Row([], []),
                               lambda rows: batches.collate_demonstrations(rows, limits.tokens), run.runner.part)
-  state, measured = descend(run, NAME, config, model=run.policy, loss_fn=cross_entropy(run.policy),
+  state, measured = descend(run, NAME, config, model=run.policy, loss_fn=loss(run),
                             make_params=functools.partial(_start, run), batches=source, held_out=held_out, unit='tokens')
   measured['perplexity'] = math.exp(min(measured['loss'], 100.0))
   measured['loss_before'] = read_metrics(run.stage(NAME))[0]['held_out/loss']
   save_final(run, NAME, state, measured)
   return measured
+
+
+def loss(run):
+  """What this stage descends."""
+  return cross_entropy(run.policy)
 
 
 def restore(run):

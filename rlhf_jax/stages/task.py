@@ -35,7 +35,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One run of an experiment on its devices. Value and reward model share a config; `reward` is also the value's module."""
+  """One run of an experiment on its devices."""
   experiment: Experiment
   task: Task
   tokenizer: Any
@@ -44,6 +44,11 @@ class Run:
   policy: LanguageModel
   reward: ScalarModel
   pretrained: Callable | None = None  # load(shardings=...) -> parameters to start SFT from, in place of fresh ones
+
+  @property
+  def value(self):
+    """The value function: of the size of the model that it starts from."""
+    return self.reward if self.experiment.ppo.value_from == 'reward' else ScalarModel(self.policy.config)
 
   def stage(self, name):
     """Where the stage of that name writes."""

@@ -13,10 +13,10 @@ FLOORS = [
   ('maths',),
   ('model',),
   ('losses',),
-  ('optimizer', 'step', 'update', 'generate', 'experience', 'rewards'),
+  ('optimizer', 'step', 'update', 'generate', 'experience', 'rewards', 'compiled'),
   ('runners',),
   ('data', 'checkpoint', 'metrics', 'processes', 'startup'),
-  ('config', 'handoff', 'stages', 'report', 'cli'),
+  ('config', 'handoff', 'stages', 'planner', 'report', 'cli'),
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FORBIDDEN = {'utils', 'util', 'common', 'helpers', 'helper', 'base', 'misc', 'registry', 'trainer'}

@@ -13,9 +13,10 @@ from rlhf_jax.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.step import init_state
 
 MESH = {'data': 1, 'fsdp': 16, 'tensor': 4}
-PARAMETERS = {'llama3-8b': 8.03e9, 'llama3.1-8b': 8.03e9, 'qwen3-8b': 8.19e9, 'mistral-7b': 7.24e9, 'llama2-7b': 6.74e9,
-              'pythia-6.9b': 6.86e9, 'pythia-1b': 1.01e9, 'gpt2': 124.4e6, 'gpt2-xl': 1.558e9, 'llama3.2-1b': 1.236e9,
-              'qwen2-0.5b': 0.494e9, 'qwen2-7b': 7.62e9, 'qwen3-0.6b': 0.596e9, 'pythia-70m': 70.4e6}
+PARAMETERS = {'llama3-8b': 8.03e9, 'llama3.1-8b': 8.03e9, 'llama3.1-70b': 70.55e9, 'qwen3-8b': 8.19e9,
+              'mistral-7b': 7.24e9, 'llama2-7b': 6.74e9, 'pythia-6.9b': 6.86e9, 'pythia-1b': 1.01e9, 'gpt2': 124.4e6,
+              'gpt2-xl': 1.558e9, 'llama3.2-1b': 1.236e9, 'qwen2-0.5b': 0.494e9, 'qwen2-7b': 7.62e9,
+              'qwen3-0.6b': 0.596e9, 'pythia-70m': 70.4e6}
 
 
 def _shapes(name, model_class=LanguageModel):

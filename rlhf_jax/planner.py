@@ -1,0 +1,435 @@
+"""Whether an experiment fits on devices that are not here, and how fast it could be there at best.
+
+Every program of a run (SFT step, reward step, generate, experience, PPO update) is made by the functions that the stages
+call, on shapes instead of arrays, and compiled for the devices asked for: nothing is allocated, and no data, tokenizer or
+weights are needed. Batches have their full length, a prompt two ranked responses, and every answer runs to its limit.
+
+What a chip holds while a program runs is all that its stage keeps there, arguments or not, and the program's own
+temporaries. Beside it, while a stage saves, Orbax copies arrays to the host, not on the chip. The estimate of time is a
+roofline: the longest of computing, HBM and interconnect, each at its published peak and all at once. Read next:
+`compiled.py`, which reads a program.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import time
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from rlhf_jax import compiled
+from rlhf_jax.data import batches
+from rlhf_jax.data.encode import RankedRows, Row
+from rlhf_jax.errors import ConfigError
+from rlhf_jax.generate import loop_trips
+from rlhf_jax.model.cache import empty_cache
+from rlhf_jax.model.heads import initial_params
+from rlhf_jax.stages import ppo, reward, sft
+from rlhf_jax.stages.descent import compile_step
+from rlhf_jax.step import init_state
+
+TOKENIZER = types.SimpleNamespace(eos_token_id=0, pad_token_id=0)  # stands for any: shapes do not depend on the ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Published figures of one chip; `hbm` is what its compiler lets a program use, measured with libtpu 0.0.42."""
+  flops: float  # bfloat16, a second
+  hbm: float  # bytes
+  hbm_speed: float  # bytes a second
+  ici_speed: float  # bytes a second to all neighbours together, one way: half of the bidirectional figure
+  example: str  # a topology
+  source: str
+  options: dict = dataclasses.field(default_factory=dict)  # what the compiler must be told of the topology
+
+
+_DOCS = 'https://docs.cloud.google.com/tpu/docs/'
+CHIPS = {
+  'v4': Chip(275e12, 30.75 * 2**30, 1200e9, 300e9, '2x2x4', _DOCS + 'v4; ICI: arXiv 2304.01433, table 4',
+             {'chip_config_name': 'megacore'}),
+  'v5e': Chip(197e12, 15.75 * 2**30, 819e9, 200e9, '8x8', _DOCS + 'v5e'),
+  'v5p': Chip(459e12, 95.74 * 2**30, 2765e9, 600e9, '4x4x4', _DOCS + 'v5p'),
+  'v6e': Chip(918e12, 31.25 * 2**30, 1638e9, 400e9, '8x8', _DOCS + 'v6e'),
+  # JAX has two devices on each of these chips: half of each figure.
+  'tpu7x': Chip(1153.5e12, 94.75 * 2**30, 3690e9, 300e9, '2x2x4', _DOCS + 'tpu7x, halved: two devices a chip'),
+}
+
+
+def devices(topology):
+  """The devices of a topology such as 'v5p:4x4x4' or 'cpu:8', of which only those of a CPU are real."""
+  kind, _, shape = topology.partition(':')
+  if kind == 'cpu' and shape.isdigit() and int(shape) > 0:
+    return _cpu_devices(int(shape))
+  if kind not in CHIPS or not re.fullmatch(r'\d+(x\d+)+', shape):
+    raise ConfigError(f'there is no topology {topology!r}. {_known()}')
+  if importlib.util.find_spec('libtpu') is None:
+    raise ConfigError(f"a plan for {topology} needs the TPU compiler, libtpu, which is not installed. Run pip install -e "
+                      "'.[tpu]', on any machine; or plan for cpu:N.")
+  os.environ['TPU_SKIP_MDS_QUERY'] = '1'                                        # nobody need ask which TPU this machine is
+  jax.config.update('jax_platforms', 'cpu')                                     # nor take it, if there is one
+  jax.config.update('jax_enable_compilation_cache', False)                      # see _path_of
+  try:
+    return topologies.get_topology_desc(platform='tpu', topology_name=topology, **CHIPS[kind].options).devices
+  except jax.errors.JaxRuntimeError as error:
+    said = str(error).splitlines()[0]
+    raise ConfigError(f'the TPU compiler knows no topology {topology!r} ({said}). {_known()}') from error
+
+
+def _known():
+  return ('Known: ' + ', '.join(f'{kind}:{chip.example}' for kind, chip in CHIPS.items())
+          + ', in these and other sizes, and cpu:N.')
+
+
+def _cpu_devices(count):
+  with contextlib.suppress(RuntimeError):                                       # a process that has begun has its devices
+    jax.config.update('jax_num_cpu_devices', count)
+  found = jax.devices('cpu')
+  if len(found) < count:
+    raise ConfigError(f'a plan for cpu:{count}, but this process has {len(found)} CPU devices, made when it began. Set '
+                      f'XLA_FLAGS=--xla_force_host_platform_device_count={count}.')
+  return found[:count]
+
+
+def chip_of(topology):
+  """The Chip of a topology; None for a CPU, of which nothing is published here."""
+  return CHIPS.get(topology.partition(':')[0])
+
+
+# ---- the programs of a run
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One program, traced, and what its stage keeps on the devices while it runs, by kind: arguments and others."""
+  name: str
+  stage: str
+  traced: Any
+  args: tuple
+  holds: dict[str, Any]
+  trips: tuple[float, ...] = ()  # of its loops whose count depends on the answers
+  cache: float = 0.0  # bytes of keys and values on a chip, among the temporaries
+
+
+def programs(run):
+  """The programs of a run, one after another: each is traced when it is asked for."""
+  yield _descent(run, 'SFT step', sft, run.experiment.sft, run.policy, _demonstrations(run))
+  yield _descent(run, 'reward step', reward, run.experiment.reward, run.reward, _comparisons(run))
+  yield from _iteration(run)
+
+
+def _key():
+  return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _shapes(tree):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _row(length):
+  return Row([0] * length, [True] * length)
+
+
+def _demonstrations(run):
+  length, config = run.experiment.data.limits.tokens, run.experiment.sft
+  return batches.demonstration_batches([_row(length)] * config.batch_size, batch_size=config.batch_size, length=length,
+                                       seed=0, packed=config.packed)[0]
+
+
+def _comparisons(run):
+  length, B = run.experiment.data.limits.tokens, run.experiment.reward.batch_size
+  return batches.comparison_batches([RankedRows([_row(length)] * 2, [0, 1])] * B, batch_size=B, length=length, seed=0)[0]
+
+
+def _prompts(run):
+  length, B = run.experiment.data.limits.prompt_tokens, run.experiment.ppo.batch_size
+  return batches.prompt_batches([_row(length)] * B, batch_size=B, length=length, seed=0)[0]
+
+
+def _descent(run, name, stage, config, model, batch):
+  optimizer, step = compile_step(run.runner, stage.loss(run), config)
+  state = run.runner.abstract(lambda: init_state(initial_params(model, jax.random.key(0)), optimizer))
+  batch = run.runner.place(_shapes(batch), 'batch')
+  args = state, batch, _key()
+  return Program(name, stage.NAME, step.trace(*args), args,
+                 {'parameters': state.params, 'optimizer': state.opt_state, 'batch': batch})
+
+
+def _iteration(run):
+  """generate, experience and PPO update: each is given the shapes of what the one before it returns."""
+  runner, optimizer = run.runner, ppo.optimizer_of(run)
+  made = ppo.compile_programs(run, optimizer)
+  state = runner.abstract(functools.partial(ppo.abstract_state, run, optimizer))
+  frozen = runner.abstract(lambda: {'reference': initial_params(run.policy, jax.random.key(0)),
+                                    'reward': initial_params(run.reward, jax.random.key(0))})
+  holds = {'parameters': state.params, 'optimizer': state.opt_state, 'frozen': frozen}
+  prompts = runner.place(_shapes(_prompts(run)), 'batch')
+
+  args = state.params['policy'], prompts, _key()
+  answer = made.answer.trace(*args)
+  config, limits = run.experiment.ppo, run.experiment.data.limits
+  yield Program('generate', ppo.NAME, answer, args, holds | {'batch': prompts},
+                loop_trips(config.batch_size, limits.response_tokens, config.slots, runner.batch_parts), _cache(run))
+  rollout = runner.place(_shapes(answer.out_info), 'batch')
+  score = runner.place({'score_B': jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)}, 'batch')
+  args = state.params, frozen, rollout, jax.ShapeDtypeStruct((), jnp.float32), score
+  look_back = made.look_back.trace(*args)
+  yield Program('experience', ppo.NAME, look_back, args, holds | {'batch': (rollout, score)})
+  lessons = runner.place(_shapes(look_back.out_info[0]), 'batch')
+  args = state, lessons, _key()
+  yield Program('PPO update', ppo.NAME, made.learn.trace(*args), args, holds | {'batch': (rollout, lessons)})
+
+
+def _cache(run):
+  """Bytes of the longest cache on one chip: sequences cut over the batch, heads over `tensor`."""
+  config = run.experiment.ppo
+  cache = jax.eval_shape(lambda: empty_cache(run.policy.config, config.slots or config.batch_size,
+                                             run.experiment.data.limits.tokens))
+  return _bytes(cache) / run.runner.batch_parts / run.runner.mesh.shape.get('tensor', 1)
+
+
+def _bytes(tree):
+  """Bytes that a tree takes on one device: of what has a sharding its shard, of what has none the whole."""
+  shard = lambda x: x.shape if getattr(x, 'sharding', None) is None else x.sharding.shard_shape(x.shape)
+  return sum(math.prod(shard(x)) * jnp.dtype(x.dtype).itemsize if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else 8
+             for x in jax.tree.leaves(tree))
+
+
+# ---- what each costs
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What a program costs: memory and traffic of one chip, operations of all."""
+  name: str
+  stage: str
+  memory: dict[str, float]  # bytes of one chip, by kind
+  flops: float
+  repeated_flops: float  # of them those of recomputation
+  hbm: float | None  # bytes from and to a chip's HBM; None where the compiler refused the program
+  sent: dict[str, float]  # bytes that a chip sends, by collective
+  collectives: dict[str, float]  # how many run, by kind
+  compile_seconds: float
+  kept: bool  # whether that was in an earlier process, whose reading was kept
+  refused: str = ''  # what the compiler said where the program does not fit
+
+  @property
+  def total(self):
+    """Bytes of one chip."""
+    return sum(self.memory.values())
+
+
+def cost(program, topology):
+  """The Cost of a Program, which is compiled for it unless that has been done before."""
+  every, repeated = compiled.flops(program.traced.jaxpr.jaxpr, program.trips)
+  lowered, arguments = program.traced.lower(), _bytes(program.args)
+  path, read = _path_of(lowered, topology, program.trips), {}
+  kept = path is not None and path.exists()
+  read = json.loads(path.read_text()) if kept else _compiled(lowered, arguments, program.trips)
+  if path is not None and not kept:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f'.{os.getpid()}')
+    unfinished.write_text(json.dumps(read))
+    unfinished.rename(path)
+  memory = {kind: _bytes(tree) for kind, tree in program.holds.items()}
+  memory |= {'cache': program.cache, 'temporaries': read.pop('own') - program.cache}
+  return Cost(program.name, program.stage, memory, every, repeated, kept=kept, **read)
+
+
+def _compiled(lowered, arguments, trips):
+  """What a compilation tells: bytes of a program beside its arguments (`own`), traffic, seconds; or why it was refused."""
+  began = time.monotonic()
+  try:
+    executable = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    found = re.search(r'HLO temporaries \(([\d.]+)([MGT])\) exceeds available HBM', str(error))
+    if found is None:
+      raise
+    needed = float(found.group(1)) * 2.0 ** {'M': 20, 'G': 30, 'T': 40}[found.group(2)]
+    return {'own': needed, 'hbm': None, 'sent': {}, 'collectives': {}, 'refused': found.group(0),
+            'compile_seconds': time.monotonic() - began}
+  seconds, stats = time.monotonic() - began, executable.memory_analysis()
+  # Arrays in HBM are padded to tiles: what arguments take beyond their sizes is counted as the program's own.
+  own = (stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + stats.argument_size_in_bytes - arguments
+         + max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes))
+  try:
+    text = executable.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    raise ConfigError(f'jaxlib {importlib.metadata.version("jaxlib")} cannot read what this TPU compiler makes '
+                      f'({str(error).splitlines()[0][:200]}). Install the libtpu that belongs to it: pip install -e '
+                      "'.[tpu]'.") from error
+  moved = compiled.traffic(text, trips)
+  return {'own': own, 'hbm': moved.hbm, 'sent': moved.sent, 'collectives': moved.count, 'compile_seconds': seconds}
+
+
+def _path_of(lowered, topology, trips):
+  """Where the reading of a program is kept: JAX writes what it compiled for absent devices, but cannot read it back."""
+  if jax.config.jax_compilation_cache_dir is None:
+    return None
+  compiler = [importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu') if importlib.util.find_spec(name)]
+  what = [lowered.as_text(), topology, repr(trips), *compiler, pathlib.Path(compiled.__file__).read_text()]
+  digest = hashlib.sha256('\0'.join(what).encode()).hexdigest()
+  return pathlib.Path(jax.config.jax_compilation_cache_dir) / 'plans' / f'{digest}.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What the programs of a run cost on the chips of a topology."""
+  topology: str
+  mesh: dict[str, int]
+  capacity: float  # bytes that a program may use of one chip's memory
+  chip: Chip | None  # None for CPUs: no estimate of time
+  costs: list[Cost]
+
+  def fits(self, cost):
+    """Whether a program and what lies beside it fit on a chip."""
+    return not cost.refused and cost.total <= self.capacity
+
+  @property
+  def too_large(self):
+    """The costs of programs that do not fit."""
+    return [cost for cost in self.costs if not self.fits(cost)]
+
+  def seconds(self, cost):
+    """What computing, HBM and interconnect each take at their peak, in seconds; {} where one of them is not known."""
+    if self.chip is None or cost.hbm is None:
+      return {}
+    chips = math.prod(self.mesh.values())
+    return {'compute': cost.flops / chips / self.chip.flops, 'hbm': cost.hbm / self.chip.hbm_speed,
+            'ici': sum(cost.sent.values()) / self.chip.ici_speed}
+
+  def mfu(self, cost):
+    """Model FLOPs utilisation at the roofline: operations, not the repeated ones, of what the chips could do meanwhile."""
+    seconds = self.seconds(cost)
+    return (cost.flops - cost.repeated_flops) / math.prod(self.mesh.values()) / self.chip.flops / max(seconds.values())
+
+
+def plan(run, topology, only=None, say=lambda text: None):
+  """The Plan of a run on its runner's devices; `only` names the programs to compile, `say` hears of each."""
+  chip, costs = chip_of(topology), []
+  capacity = chip.hbm if chip else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / run.runner.mesh.size
+  for program in programs(run):
+    if only is None or program.name in only:
+      say(f'{program.name}: compiling for {topology}')
+      costs.append(cost(program, topology))
+      say(f'{program.name}: ' + ('known' if costs[-1].kept else f'{costs[-1].compile_seconds:.0f} s'))
+  return Plan(topology, dict(run.runner.mesh.shape), capacity, chip, costs)
+
+
+# ---- what helps
+
+def remedies(experiment, cost):
+  """Settings that make a program smaller, each with those before it, the least harmful first."""
+  stage, trains, changes = getattr(experiment, cost.stage), cost.name in ('SFT step', 'reward step', 'PPO update'), {}
+  if trains and not experiment.remat:
+    yield (changes := changes | {'remat': True})
+  mesh = experiment.mesh
+  rows = stage.batch_size // getattr(stage, 'minibatches', 1)
+  pieces = stage.microbatches * 2
+  while trains and rows % (pieces * (mesh.data or 1) * mesh.fsdp) == 0:
+    yield (changes := changes | {f'{cost.stage}.microbatches': pieces})
+    pieces *= 2
+  if cost.name == 'generate' and (stage.slots or rows) % 2 == 0:
+    yield (changes := changes | {'ppo.slots': (stage.slots or rows) // 2})
+  if trains and stage.optimizer.moment_dtype != 'bfloat16':
+    yield (changes := changes | {f'{cost.stage}.optimizer.moment_dtype': 'bfloat16'})
+  if (mesh.data or 1) > 1:
+    yield changes | {'mesh.data': 1, 'mesh.fsdp': mesh.fsdp * mesh.data}
+  elif mesh.tensor > 1:
+    yield changes | {'mesh.fsdp': mesh.fsdp * 2, 'mesh.tensor': mesh.tensor // 2}
+
+
+def suggest(experiment, made, prepare, override, say=lambda text: None):
+  """Settings under which all programs of a Plan fit, compiled to be sure; None where none of the remedies helps.
+
+  `prepare(experiment)` gives the Run, `override(experiment, settings)` the changed experiment.
+  """
+  found = {}
+  for cost in made.too_large:
+    for settings in remedies(experiment, cost):
+      say(f'{cost.name} does not fit; with {flags(settings)}?')
+      if not plan(prepare(override(experiment, found | settings)), made.topology, [cost.name], say).too_large:
+        found |= settings
+        break
+    else:
+      return None
+  if any(name.startswith('mesh') for name in found) and \
+     plan(prepare(override(experiment, found)), made.topology, say=say).too_large:
+    return None
+  return found
+
+
+def flags(settings):
+  """Settings as the command line has them."""
+  return ' '.join(f'--{name.replace("_", "-")}' if value is True else f'--{name.replace("_", "-")} {value}'
+                  for name, value in settings.items())
+
+
+# ---- what is said
+
+def to_json(made, suggestion=None):
+  """A Plan as plain JSON values."""
+  rows = [{'program': cost.name, 'fits': made.fits(cost), 'bytes_per_chip': cost.memory, 'total_bytes_per_chip': cost.total,
+           'flops': cost.flops, 'repeated_flops': cost.repeated_flops, 'hbm_bytes_per_chip': cost.hbm,
+           'sent_bytes_per_chip': cost.sent, 'collectives': cost.collectives, 'seconds': made.seconds(cost),
+           'mfu': made.mfu(cost) if made.seconds(cost) else None, 'compile_seconds': cost.compile_seconds,
+           'refused': cost.refused} for cost in made.costs]
+  return {'topology': made.topology, 'mesh': made.mesh, 'capacity_bytes_per_chip': made.capacity,
+          'chip': made.chip and dataclasses.asdict(made.chip), 'fits': not made.too_large, 'suggestion': suggestion,
+          'programs': rows, 'assumptions': assumptions(made)}
+
+
+def assumptions(made):
+  """What the figures take for granted, a sentence each."""
+  found = ['every sequence has its full length, a comparison two responses, every answer runs to its limit',
+           'memory: all that the stage keeps on a chip while the program runs, and the temporaries of the program',
+           'FLOPs: all matrix products on all chips; bytes: each instruction of one chip reads and writes HBM once']
+  if made.chip:
+    chip = made.chip
+    found += [f'{made.topology}: {chip.flops / 1e12:.0f} TFLOP/s in bfloat16, {_gib(chip.hbm)} GiB at '
+              f'{chip.hbm_speed / 1e9:.0f} GB/s, {chip.ici_speed / 1e9:.0f} GB/s to neighbours ({chip.source})',
+              'step: the longest of compute, HBM and ICI, each at that peak and all at once, so a real step is slower',
+              'MFU: of that step, without the products that a backward pass repeats']
+  return found
+
+
+def markdown(made):
+  """Two tables, of memory and of time, and what they assume."""
+  kinds = ('parameters', 'optimizer', 'frozen', 'batch', 'cache', 'temporaries')
+  mesh = ' x '.join(f'{axis} {size}' for axis, size in made.mesh.items())
+  memory = [['GiB a chip', *kinds, 'total', f'left of {_gib(made.capacity)}']]
+  moved = [['once', 'TFLOP, all chips', 'repeated', 'HBM GB, a chip', 'sent GB, a chip', 'compute s', 'HBM s', 'ICI s',
+            'MFU', 'compiled in s']]
+  for cost in made.costs:
+    seconds, left = made.seconds(cost), _gib(made.capacity - cost.total)
+    memory.append([cost.name, *(_gib(cost.memory.get(kind, 0)) for kind in kinds), _gib(cost.total),
+                   left if made.fits(cost) else f'{left}: does not fit'])
+    sent = ', '.join([f'{sum(cost.sent.values()) / 1e9:.3g}'] + [
+      f'{kind} {size / 1e9:.3g} in {cost.collectives[kind]:.0f}' for kind, size in cost.sent.items() if size > 1e6])
+    moved.append([cost.name, f'{cost.flops / 1e12:.4g}', f'{cost.repeated_flops / cost.flops:.0%}',
+                  '-' if cost.hbm is None else f'{cost.hbm / 1e9:.4g}', sent,
+                  *(f'{seconds[kind]:.3g}' if seconds else '-' for kind in ('compute', 'hbm', 'ici')),
+                  f'{made.mfu(cost):.0%}' if seconds else '-', f'{cost.compile_seconds:.0f}' + ' before' * cost.kept])
+  return '\n\n'.join([f'{made.topology}, {mesh}', _table(memory), _table(moved),
+                      '\n'.join(f'- {sentence}' for sentence in assumptions(made))])
+
+
+def _table(rows):
+  width = [max(map(len, column)) for column in zip(*rows)]
+  lines = ['| ' + ' | '.join(cell.rjust(width[i]) if i else cell.ljust(width[i]) for i, cell in enumerate(row)) + ' |'
+           for row in rows]
+  rule = '|' + '|'.join('-' * (n + 1) + ':' if i else '-' * (n + 2) for i, n in enumerate(width)) + '|'
+  return '\n'.join([lines[0], rule, *lines[1:]])
+
+
+def _gib(size):
+  return f'{size / 2**30:.3g}'
