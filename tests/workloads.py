@@ -59,13 +59,20 @@ def prompts(rows=B, width=T - R, seed=5):
   return Prompts(tokens_BP=_tokens(rng, rows, width), valid_BP=valid_BP, sample_B=np.arange(rows, dtype=np.int32))
 
 
+@jax.jit
+def policy_params(key):
+  """Fresh parameters of POLICY."""
+  return initial_params(POLICY, key)
+
+
+@jax.jit
 def policy_and_value_params(key):
   """Fresh parameters of the PPO stage: two separate networks."""
   return {'policy': initial_params(POLICY, key), 'value': initial_params(SCALAR, jax.random.fold_in(key, 1))}
 
 
 STAGES = {
-  'sft': (cross_entropy(POLICY), lambda key: initial_params(POLICY, key), _demonstrations),
+  'sft': (cross_entropy(POLICY), policy_params, _demonstrations),
   'reward': (ranking(SCALAR, centring_weight=0.1), lambda key: initial_params(SCALAR, key), _comparisons),
   'ppo': (ppo(POLICY, SCALAR, PPOLossConfig(entropy_weight=0.01), temperature=0.7), policy_and_value_params, _experience),
 }

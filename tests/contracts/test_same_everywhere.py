@@ -9,11 +9,10 @@ import re
 import jax
 import numpy as np
 import pytest
-from workloads import POLICY, RUNNERS, STAGES, batch_of, policy_and_value_params, prompts
+from workloads import POLICY, RUNNERS, STAGES, batch_of, policy_and_value_params, policy_params, prompts
 
 from rlhf_jax.generate import generate
 from rlhf_jax.maths.sampling import Sampling
-from rlhf_jax.model.heads import initial_params
 from rlhf_jax.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.runners import single
 from rlhf_jax.step import init_state, make_train_step
@@ -89,24 +88,30 @@ def test_microbatches_on_a_mesh():
 
 def test_a_mean_of_means_would_differ():
   """The batches are ragged enough that averaging microbatches' losses is another number: the contract has teeth."""
-  loss_fn, make_params, _ = STAGES['sft']
-  params, batch = make_params(jax.random.key(3)), batch_of('sft')
+  loss_fn, params, batch = jax.jit(STAGES['sft'][0]), policy_params(jax.random.key(3)), batch_of('sft')
   halves = [jax.tree.map(lambda x, i=i: x[i::2], batch) for i in range(2)]
   mean_of_means = np.mean([loss_fn(params, half, None)[0].value() for half in halves])
   assert abs(mean_of_means - loss_fn(params, batch, None)[0].value()) > 1e-3
+
+
+SAMPLING = Sampling(temperature=0.7, new_tokens=6, end_tokens=(3, 5, 8, 60))
+_generate = jax.jit(functools.partial(generate, POLICY, sampling=SAMPLING))
+
+
+@functools.cache
+def _answers_alone():
+  return jax.device_get(_generate(policy_params(jax.random.key(3)), prompts(), jax.random.key(1)))
 
 
 @pytest.mark.parametrize('where', RUNNERS)
 @pytest.mark.parametrize('slots', [None, 8])
 def test_generate(where, slots):
   """Also from a queue, where 16 prompts share 8 slots: under pmap each device has 2 prompts and 1 slot."""
-  runner, sampling = RUNNERS[where](), Sampling(temperature=0.7, new_tokens=6, end_tokens=(3, 5, 8, 60))
-  run = runner.compile(functools.partial(generate, POLICY, sampling=sampling,
+  runner = RUNNERS[where]()
+  run = runner.compile(functools.partial(generate, POLICY, sampling=SAMPLING,
                                          slots=1 if slots and where == 'pmap' else slots),
                        inputs=('params', 'batch', 'same'), outputs='batch')
-  params = runner.initialise(functools.partial(initial_params, POLICY), jax.random.key(3))
-  rollout = runner.fetch(run(params, prompts(), jax.random.key(1)))
-  alone = jax.device_get(generate(POLICY, initial_params(POLICY, jax.random.key(3)), prompts(), jax.random.key(1), sampling))
+  rollout, alone = runner.fetch(run(policy_params(jax.random.key(3)), prompts(), jax.random.key(1))), _answers_alone()
   np.testing.assert_array_equal(rollout.tokens_BT, alone.tokens_BT)
   np.testing.assert_array_equal(rollout.mask_BR, alone.mask_BR)
   np.testing.assert_allclose(rollout.logprob_BR, alone.logprob_BR, atol=1e-5)
@@ -114,12 +119,9 @@ def test_generate(where, slots):
 
 
 def test_generate_does_not_depend_on_the_batch():
-  params, key = initial_params(POLICY, jax.random.key(3)), jax.random.key(1)
-  sampling = Sampling(new_tokens=6, end_tokens=(3,))
-  together, few = prompts(), [2, 9, 4]
-  apart = jax.tree.map(lambda x: x[np.array(few)], together)
-  whole = generate(POLICY, params, together, key, sampling)
-  np.testing.assert_array_equal(generate(POLICY, params, apart, key, sampling).tokens_BT, whole.tokens_BT[np.array(few)])
+  few, whole = np.array([2, 9, 4]), _answers_alone()
+  apart = _generate(policy_params(jax.random.key(3)), jax.tree.map(lambda x: x[few], prompts()), jax.random.key(1))
+  np.testing.assert_array_equal(apart.tokens_BT, whole.tokens_BT[few])
 
 
 @pytest.mark.parametrize('where', RUNNERS)

@@ -111,12 +111,12 @@ def test_one_run_that_fails_is_reported_and_the_other_goes_on(capsys, tmp_path):
 
 
 def test_runs_one_by_one_by_index_then_the_table_then_nothing_left_to_do(capsys, tmp_path):
-  args = ['quickstart', '--grid', 'ppo.kl_weight=0.03', '--seeds', '0', '4', '--set', *SMALL, '--no-export',
-          '--run-dir', str(tmp_path)]
+  args = ['quickstart', '--grid', 'sft.steps=3', '--seeds', '0', '4', '--set', *(s for s in SMALL if 'sft.steps' not in s),
+          '--stages', 'sft', '--no-export', '--run-dir', str(tmp_path)]
   sweep.main([*args, '--table'])
   assert 'No run in' in capsys.readouterr().out and not (tmp_path / 'table.json').exists()
   sweep.main([*args, '--index', '1'])
-  assert [path.name for path in tmp_path.iterdir()] == ['ppo.kl_weight=0.03,seed=4']
+  assert [path.name for path in tmp_path.iterdir()] == ['sft.steps=3,seed=4']
   sweep.main([*args, '--table'])
   row, = json.loads((tmp_path / 'table.json').read_text())
   assert (row['runs'], row['of'], row['seeds'], row['std']) == (1, 2, [4], {})
@@ -124,13 +124,13 @@ def test_runs_one_by_one_by_index_then_the_table_then_nothing_left_to_do(capsys,
   capsys.readouterr()
   sweep.main(args)
   said = capsys.readouterr().out
-  assert said.count('finished before, skipped') == 1 and 'kl_weight=0.03' in said and '2/2' in said
+  assert said.count('finished before, skipped') == 1 and 'steps=3' in said and '2/2' in said
   row, = json.loads((tmp_path / 'table.json').read_text())
-  scores = [json.loads((tmp_path / f'ppo.kl_weight=0.03,seed={seed}' / 'results.json').read_text())['table']['PPO']['score']
+  losses = [json.loads((tmp_path / f'sft.steps=3,seed={seed}' / 'results.json').read_text())['sft']['loss']
             for seed in (0, 4)]
-  assert row['settings'] == {'ppo.kl_weight': 0.03} and row['values']['PPO.score'] == scores
-  assert row['mean']['PPO.score'] == pytest.approx(sum(scores) / 2)
-  assert row['std']['PPO.score'] == pytest.approx(statistics.stdev(scores))
+  assert row['settings'] == {'sft.steps': 3} and row['values']['sft.loss'] == losses
+  assert row['mean']['sft.loss'] == pytest.approx(sum(losses) / 2)
+  assert row['std']['sft.loss'] == pytest.approx(statistics.stdev(losses))
 
   sweep.main(args)
   assert capsys.readouterr().out.count('finished before, skipped') == 2
@@ -149,3 +149,5 @@ def test_numbers_of_another_config_are_not_taken(tmp_path):
   (point.directory / 'experiment.json').write_text(json.dumps(sweep.config.to_json(point.experiment)))
   assert sweep.results(point, ['sft']) == {'sft.loss': 1.5}
   assert sweep.results(other, ['sft']) is None and sweep.results(point, ['sft', 'reward']) is None
+  (point.directory / 'results.json').write_text('{"ppo": {"score": 2.5}, "table": {"PPO": {"score": 3}}}')
+  assert sweep.results(point, ['ppo']) == {'ppo.score': 2.5, 'PPO.score': 3}
