@@ -143,7 +143,7 @@ def prepare_shapes(experiment, devices):
   config_json = pathlib.Path(experiment.pretrained or '', 'config.json')
   if experiment.pretrained is not None and config_json.exists():
     model_config = config_from_huggingface(json.loads(config_json.read_text()), **_runtime(experiment))
-  else:
+  else:                                                                         # what is on the hub has the preset's shapes
     model_config = preset(experiment.preset, **_runtime(experiment))
   _check_attention(experiment.attention, devices[0].platform)
   return _run(experiment, None, planner.TOKENIZER, make_runner(experiment.mesh, devices), None, model_config,
