@@ -176,7 +176,7 @@ def prepare_shapes(experiment, devices):
   """The Run of an experiment on devices that need not be here: without task, tokenizer and weights, for its shapes alone."""
   if experiment.pretrained is not None and pathlib.Path(experiment.pretrained).is_dir():
     model_config = huggingface.read_config(experiment.pretrained, **_runtime(experiment))
-  else:
+  else:                                                                         # what is on the hub has the preset's shapes
     model_config = preset(experiment.preset, **_runtime(experiment))
   _check_attention(experiment.attention, devices[0].platform)
   return _run(experiment, None, planner.TOKENIZER, make_runner(experiment.mesh, devices), None, model_config,

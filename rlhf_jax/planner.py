@@ -32,7 +32,7 @@ from jax.experimental import topologies
 from rlhf_jax import compiled
 from rlhf_jax.data import batches
 from rlhf_jax.data.encode import RankedRows, Row
-from rlhf_jax.errors import ConfigError
+from rlhf_jax.errors import ConfigError, RlhfJaxError
 from rlhf_jax.generate import loop_trips
 from rlhf_jax.model.cache import empty_cache
 from rlhf_jax.model.heads import initial_params
@@ -327,25 +327,28 @@ def plan(run, topology, only=None, say=lambda text: None):
 
 # ---- what helps
 
-def remedies(experiment, cost):
+def remedies(experiment, cost, mesh):
   """Settings that make a program smaller, each with those before it, the least harmful first."""
   stage, trains, changes = getattr(experiment, cost.stage), cost.name in ('SFT step', 'reward step', 'PPO update'), {}
+  data, fsdp, tensor = (mesh.get(axis, 1) for axis in ('data', 'fsdp', 'tensor'))
   if trains and not experiment.remat:
     yield (changes := changes | {'remat': True})
-  mesh = experiment.mesh
-  rows = stage.batch_size // getattr(stage, 'minibatches', 1)
   pieces = stage.microbatches * 2
-  while trains and rows % (pieces * (mesh.data or 1) * mesh.fsdp) == 0:
+  while trains and stage.batch_size // getattr(stage, 'minibatches', 1) % (pieces * data * fsdp) == 0:
     yield (changes := changes | {f'{cost.stage}.microbatches': pieces})
     pieces *= 2
-  if cost.name == 'generate' and (stage.slots or rows) % 2 == 0:
-    yield (changes := changes | {'ppo.slots': (stage.slots or rows) // 2})
+  if cost.name == 'generate':
+    slots = (stage.slots or stage.batch_size) // 2
+    if slots % (data * fsdp) == 0:
+      yield (changes := changes | {'ppo.slots': slots})
+    if stage.gather and fsdp > 1:
+      yield (changes := changes | {'ppo.gather': False})
   if trains and stage.optimizer.moment_dtype != 'bfloat16':
     yield (changes := changes | {f'{cost.stage}.optimizer.moment_dtype': 'bfloat16'})
-  if (mesh.data or 1) > 1:
-    yield changes | {'mesh.data': 1, 'mesh.fsdp': mesh.fsdp * mesh.data}
-  elif mesh.tensor > 1:
-    yield changes | {'mesh.fsdp': mesh.fsdp * 2, 'mesh.tensor': mesh.tensor // 2}
+  if experiment.mesh.runner == 'sharded' and data > 1:
+    yield changes | {'mesh.data': 1, 'mesh.fsdp': fsdp * data}
+  elif tensor > 1:
+    yield changes | {'mesh.data': 1, 'mesh.fsdp': fsdp * 2, 'mesh.tensor': tensor // 2}
 
 
 def suggest(experiment, made, prepare, override, say=lambda text: None):
@@ -355,9 +358,14 @@ def suggest(experiment, made, prepare, override, say=lambda text: None):
   """
   found = {}
   for cost in made.too_large:
-    for settings in remedies(experiment, cost):
+    for settings in remedies(experiment, cost, made.mesh):
       say(f'{cost.name} does not fit; with {flags(settings)}?')
-      if not plan(prepare(override(experiment, found | settings)), made.topology, [cost.name], say).too_large:
+      try:
+        tried = plan(prepare(override(experiment, found | settings)), made.topology, [cost.name], say)
+      except RlhfJaxError as error:                                              # what this mesh divides, another may not
+        say(str(error))
+        continue
+      if not tried.too_large:
         found |= settings
         break
     else:
@@ -370,8 +378,13 @@ def suggest(experiment, made, prepare, override, say=lambda text: None):
 
 def flags(settings):
   """Settings as the command line has them."""
-  return ' '.join(f'--{name.replace("_", "-")}' if value is True else f'--{name.replace("_", "-")} {value}'
-                  for name, value in settings.items())
+  return ' '.join(_flag(*name.replace('_', '-').rpartition('.'), value) for name, value in settings.items())
+
+
+def _flag(group, dot, name, value):
+  if isinstance(value, bool):
+    return f'--{group}{dot}{name}' if value else f'--{group}{dot}no-{name}'
+  return f'--{group}{dot}{name} {value}'
 
 
 # ---- what is said

@@ -11,6 +11,8 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from workloads import CONFIG, POLICY, RUNNERS, STAGES, batch_of, prompts
 
@@ -149,14 +151,20 @@ def test_bytes_are_those_that_eight_devices_take():
 
 # ---- what compiled programs must not hold
 
-def compiled_text(stage, loss_fn=None, make_params=None):
-  """(HLO, state) of a train step of a workload on fsdp x tensor, from shapes; with another loss and model where given."""
-  runner, optimizer = RUNNERS['fsdp x tensor'](), make_optimizer(OptimizerConfig())
-  loss_fn, make_params = loss_fn or STAGES[stage][0], make_params or STAGES[stage][1]
+def train_step(runner, loss_fn, make_params):
+  """(step, what makes its first state) of a loss on a runner."""
+  optimizer = make_optimizer(OptimizerConfig())
   step = runner.compile(make_train_step(loss_fn, optimizer), inputs=('params', 'batch', 'same'), outputs=('params', 'same'),
                         donate=(0,))
-  state = runner.abstract(lambda: init_state(make_params(jax.random.key(0)), optimizer))
-  return step.lower(state, batch_of(stage), jax.random.key(0)).compile().as_text(), state
+  return step, lambda: init_state(make_params(jax.random.key(0)), optimizer)
+
+
+def compiled_text(stage, loss_fn=None, make_params=None, batch=None):
+  """(HLO, state) of a train step of a workload on fsdp x tensor, from shapes; or with another loss, model or batch."""
+  runner = RUNNERS['fsdp x tensor']()
+  step, make = train_step(runner, loss_fn or STAGES[stage][0], make_params or STAGES[stage][1])
+  state = runner.abstract(make)
+  return step.lower(state, batch or batch_of(stage), jax.random.key(0)).compile().as_text(), state
 
 
 def shapes(text):
@@ -181,6 +189,18 @@ class TestNothingIsReplicatedByAccident:
     text, _ = compiled_text('sft', cross_entropy(model), functools.partial(initial_params, model))
     streams = {shape for shape in shapes(text) if len(shape) == 3 and shape[1:] == (13, CONFIG.width)}
     assert streams == {(4, 13, CONFIG.width)}
+
+  def test_between_products_the_sequence_is_cut_over_tensor(self):
+    """14 tokens, 7 on each of two devices; the numbers are those of one device, and no table is whole for it."""
+    batch = jax.tree.map(lambda x_BT: jnp.pad(x_BT, ((0, 0), (0, 1))), batch_of('sft'))
+    text, _ = compiled_text('sft', batch=batch)
+    assert (4, 7, CONFIG.width) in shapes(text) and not [shape for shape in shapes(text) if CONFIG.vocab_size in shape]
+
+    def learnt(runner):
+      step, make = train_step(runner, *STAGES['sft'][:2])
+      _, metrics = step(runner.initialise(make), batch, jax.random.key(0))
+      return runner.fetch((metrics['loss'].value(), metrics['gradient_norm'].value()))
+    np.testing.assert_allclose(learnt(RUNNERS['fsdp x tensor']()), learnt(RUNNERS['single']()), rtol=2e-5)
 
   def test_no_layer_is_kept_gathered_for_the_backward_pass(self):
     model = LanguageModel(dataclasses.replace(CONFIG, scan_layers=True, layers=3))
@@ -249,6 +269,14 @@ def test_what_does_not_fit_is_said_and_what_helps_is_tried(capsys, monkeypatch):
   status, said = show(capsys, '--plan', 'cpu:8', *planner.flags(made['suggestion']).split(), **SMALL)
   assert status == 0 and 'does not fit' not in said.out
   assert 'GiB a chip' in said.out and len([line for line in said.out.splitlines() if line.startswith('| PPO update')]) == 2
+
+
+def test_settings_as_flags():
+  settings = {'remat': True, 'ppo.gather': False, 'sft.optimizer.moment_dtype': 'bfloat16', 'ppo.microbatches': 4}
+  flags = planner.flags(settings)
+  assert flags == '--remat --ppo.no-gather --sft.optimizer.moment-dtype bfloat16 --ppo.microbatches 4'
+  parsed, _ = config.parse(config.Experiment(), cli.Command(), '', flags.split())
+  assert parsed == config.override(config.Experiment(), settings)
 
 
 def test_an_experiment_is_sized_for_devices(capsys):

@@ -132,7 +132,7 @@ class Transformer(nn.Module):
     x_BTD = _row(self, 'embedding_VD', tokens_BT)
     if c.position == 'learned':
       x_BTD = x_BTD + _row(self, 'position_TD', position_BT)
-    x_BTD = _stream(x_BTD)
+    x_BTD = _stream(constrain(x_BTD, 'BTD'))                                    # first whole: the table is cut along V
     blocks = self.param('blocks', _initial_blocks, c) if self.is_initializing() else self.get_variable('params', 'blocks')
     if c.scan_layers and cache is None:
       x_BTD = _chosen(_scanned(c, blocks, x_BTD, position_BT, sees), wanted)

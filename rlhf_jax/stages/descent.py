@@ -64,7 +64,7 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
           watch.settle()
         if last or evaluates:
           measured = evaluate(state.params)
-          check_finite(run, name, done, _prefixed(measured), batch)
+          check_finite(runner, run.stage(name), done, _prefixed(measured), batch)
           log.write(done, _prefixed(measured), wall_s=watch.seconds)
           _say(progress, name, done, measured)
         if saves and not last:
@@ -130,21 +130,21 @@ class _Watch:
     (step, metrics, batch), self.waiting = self.waiting, None
     metrics = self.run.runner.fetch(metrics)
     known = values(metrics)
-    check_finite(self.run, self.name, step, known, batch)
+    check_finite(self.run.runner, self.run.stage(self.name), step, known, batch)
     self.counted += float(metrics['loss'].weight)
     self.log.write(step, known, wall_s=self.seconds)
     self.progress.update(step, {'loss': known['loss']} | {k: known[k] for k in ('accuracy',) if k in known},
                          rate=(self.counted / self.seconds, f'{self.unit}/s'))
 
 
-def check_finite(run, name, step, known, batch):
+def check_finite(runner, directory, step, known, batch):
   """Raises DivergedError where loss or gradient is not finite, and keeps the batch for inspection."""
   bad = [name for name in ('loss', 'gradient_norm', 'score', 'held_out/loss') if not np.isfinite(known.get(name, 0.0))]
   if not bad:
     return
-  path = run.stage(name) / f'bad_batch_{step}.npz'
-  fields = run.runner.fetch(run.runner.place({field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)},
-                                             'batch'))
+  path = directory / f'bad_batch_{step}.npz'
+  fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+  fields = runner.fetch(runner.place(fields, 'batch'))
   processes.once('bad batch', lambda: np.savez(path, **{key: value for key, value in fields.items() if value is not None}))
-  raise DivergedError(f'{name} step {step}: {bad[0]} is {known[bad[0]]}. Its batch is in {path}; the last '
+  raise DivergedError(f'{directory.name} step {step}: {bad[0]} is {known[bad[0]]}. Its batch is in {path}; the last '
                       'checkpoint is untouched. Lower the learning rate or clip_norm, or look at the batch.')

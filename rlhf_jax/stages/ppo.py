@@ -95,7 +95,7 @@ def train(run):
         key = jax.random.fold_in(jax.random.key(experiment.seed), iteration)
         state, known, rollout = _iterate(run, programs, state, frozen, prompts, key, kl_weight)
         done = iteration + 1
-        check_finite(run, NAME, done, known, rollout)
+        check_finite(run.runner, run.stage(NAME), done, known, rollout)
         _check_facts(done, known)
         log.write(done, known | {'kl_weight': kl_weight}, wall_s=time.monotonic() - began)
         progress.update(done, {'score': known['score'], 'KL': known['kl_nats_per_sequence'], 'entropy': known['entropy'],
