@@ -11,6 +11,7 @@ from rlhf_jax.checkpoint import Checkpoints, read_meta
 from rlhf_jax.errors import CheckpointError, DataError, DivergedError
 from rlhf_jax.model.heads import initial_params
 from rlhf_jax.records import Prompts
+from rlhf_jax.runners import single
 from rlhf_jax.stages import reward, sft
 from rlhf_jax.stages.descent import check_finite
 
@@ -61,10 +62,10 @@ def test_infinite_parameters_stop_the_first_step(tmp_path):
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 def test_each_of_these_stops_a_run_alone(tmp_path, name, value):
   batch = Prompts(np.ones((2, 3), np.int32), np.ones((2, 3), bool), np.arange(2))
-  check_finite(tmp_path, 7, {'loss': 1.0, 'other': value}, batch)
+  check_finite(single(), tmp_path, 7, {'loss': 1.0, 'other': value}, batch)
   assert not list(tmp_path.iterdir())
   with pytest.raises(DivergedError, match=f'{tmp_path.name} step 7: {name} is {value}'):
-    check_finite(tmp_path, 7, {'loss': 1.0, name: value}, batch)
+    check_finite(single(), tmp_path, 7, {'loss': 1.0, name: value}, batch)
   with np.load(tmp_path / 'bad_batch_7.npz') as kept:
     assert set(kept) == {'tokens_BP', 'valid_BP', 'sample_B'}
 
