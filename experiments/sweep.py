@@ -66,8 +66,7 @@ def main(args=None):
   """The command line; exits with 1 if a run failed, else as `cli.clear_exits` says."""
   with cli.clear_exits():
     sweep = tyro.cli(Sweep, description=__doc__, args=args)
-  with cli.clear_exits(_directory(sweep), sweep.processes.lost_s):
-    processes.join(sweep.processes)
+  with cli.clear_exits(_directory(sweep), sweep.processes.lost_s), processes.joined(sweep.processes):
     failed = run(sweep)
   if failed:
     processes.leave(1)
@@ -194,13 +193,17 @@ def _run_points(points, make_task, sweep):
   failed = {}
   for number, point in enumerate(points, 1):
     print(f'[{number}/{len(points)}] {point.directory.name}', flush=True)
-    if results(point, sweep.stages) is not None:
+    finished = results(point, sweep.stages) is not None
+    processes.meet(f'point {number}')                                           # nobody writes before all have looked
+    if finished:
       print('finished before, skipped')
       continue
     try:
       command = cli.Command(stages=sweep.stages, export=sweep.export)
       cli.run_stages(point.experiment, make_task, point.directory, command)
     except RlhfJaxError as error:
+      if processes.are_several():                                               # the others may not have failed
+        raise
       failed[point.directory.name] = f'{type(error).__name__}: {error}'
       print(f'failed, {failed[point.directory.name]}', file=sys.stderr, flush=True)
   if failed:
@@ -216,7 +219,7 @@ def results(point, stages):
   except (OSError, ValueError):                                                 # not there, or half written by a kill
     return None
   needed = {*stages, 'table'} if 'ppo' in stages else set(stages)
-  if config.differences(written, config.to_json(point.experiment)) or not needed <= found.keys():
+  if config.changes(written, point.experiment) or not needed <= found.keys():
     return None
   parts = {name: values for name, values in found.items() if name != 'table'} | found.get('table', {})
   return {f'{part}.{name}': value for part, values in parts.items() for name, value in values.items()}

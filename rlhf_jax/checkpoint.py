@@ -6,6 +6,7 @@ which tell another model from a damaged file before anything is read, and digest
 Absent on purpose: choosing the best step, and restoring onto other shapes or dtypes. Next: the stages.
 """
 
+import collections
 import contextlib
 import json
 import warnings
@@ -26,6 +27,13 @@ class _DamagedError(CheckpointError):
   """A step whose bytes are not those that were saved; an older one may do."""
 
 
+class _Manager(ocp.CheckpointManager):
+  """One that leaves it to `processes.stop_asked` to ask whether to stop: Orbax would ask by numbers of its own."""
+
+  def reached_preemption(self, step):
+    return False
+
+
 class Checkpoints:
   """The steps saved in a directory, of which the newest `keep` stay. Leaving the `with` waits until they are there."""
 
@@ -36,7 +44,7 @@ class Checkpoints:
     self._damaged = []
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     with _writing(self.directory):
-      self._manager = ocp.CheckpointManager(self.directory, options=options)
+      self._manager = _Manager(self.directory, options=options)
 
   def __enter__(self):
     return self
@@ -79,8 +87,8 @@ class Checkpoints:
     """(state, meta) of the newest step, or the one given, bit for bit, onto the shardings of `abstract`.
 
     `abstract` is a tree of `jax.Array` or `jax.ShapeDtypeStruct`. If the newest step is damaged it warns and takes the
-    one before; the damaged one is removed at the next save. Raises CheckpointError where no step is left, or where
-    names, shapes or dtypes are of another model, which no older step would mend.
+    one before, where there is one process alone; the damaged one is removed at the next save. Raises CheckpointError
+    where no step is left, or where names, shapes or dtypes are of another model, which no older step would mend.
     """
     self.wait()
     if step is not None:
@@ -91,6 +99,8 @@ class Checkpoints:
       try:
         found = _read(self.directory, candidate, abstract)
       except _DamagedError as error:
+        if jax.process_count() > 1:                                        # the others may have read theirs, and go on
+          raise
         warnings.warn(f'{error} Trying the step before it.', stacklevel=2)
         damaged.append(candidate)
       else:
@@ -114,9 +124,16 @@ def read_meta(directory, step=None):
   return _read_record(directory, _newest(directory) if step is None else step)['meta']
 
 
-@jax.jit
 def _digests(leaves):
-  """Those of all leaves, in one program instead of one a shape."""
+  """{name: digest} of leaves, numpy: in one program for all that lie on the same devices, instead of one a shape."""
+  by_devices = collections.defaultdict(dict)
+  for name, x in leaves.items():
+    by_devices[frozenset(x.sharding.device_set) if isinstance(x, jax.Array) else None][name] = x
+  return jax.device_get({name: each for group in by_devices.values() for name, each in _all_digests(group).items()})
+
+
+@jax.jit
+def _all_digests(leaves):
   return {name: digest(x) for name, x in leaves.items()}
 
 
@@ -140,7 +157,7 @@ def digest(x):
 
 def _record(state, meta):
   """`meta` and what each leaf of `state` is, as plain JSON, with a checksum over itself."""
-  digests = jax.device_get(_digests(_leaves(state)))
+  digests = _digests(_leaves(state))
   leaves = {name: {'shape': x.shape, 'dtype': str(x.dtype), 'digest': int(digests[name])}
             for name, x in _leaves(state).items()}
   record = json.loads(json.dumps({'meta': meta, 'leaves': leaves}))
@@ -179,7 +196,7 @@ def _read(directory, step, abstract, part=False):
     if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError)):
       raise
     raise _DamagedError(f'Checkpoint {where} is damaged: it cannot be read ({_short(error)}).') from error
-  found = jax.device_get(_digests(_leaves(tree)))
+  found = _digests(_leaves(tree))
   for name, value in found.items():
     if int(value) != record['leaves'][name]['digest']:
       raise _DamagedError(f'Checkpoint {where} is damaged: {name} has other bits than were saved.')

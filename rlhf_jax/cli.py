@@ -64,8 +64,7 @@ def main(experiment, make_task, description, name=None, args=None, sizes=None):
     if command.plan:
       sys.exit(0 if show_plan(experiment, command.plan, command.json) else 1)
   directory = pathlib.Path(command.run_dir or pathlib.Path('runs') / (name or pathlib.Path(sys.argv[0]).stem))
-  with clear_exits(directory, command.processes.lost_s):
-    processes.join(command.processes)
+  with clear_exits(directory, command.processes.lost_s), processes.joined(command.processes):
     return run_stages(experiment, make_task, directory, command)
 
 
@@ -139,6 +138,8 @@ def run_stages(experiment, make_task, directory, command=Command()):
     processes.meet(f'export {name}')                                            # nobody writes before all have looked
     if exports:
       _export(run, name)
+    if processes.stop_asked():
+      raise PreemptedError(f'{name} is finished')
   if 'ppo' in command.stages:
     table, said = ppo.compare(run)
     results['table'] = table
@@ -285,8 +286,7 @@ def _check_same(path, experiment):
   """
   directory = path.parent
   try:
-    changed = configs.differences(json.loads(path.read_text()) | {'mesh': None},
-                                  configs.to_json(experiment) | {'mesh': None})
+    changed = configs.changes(json.loads(path.read_text()), experiment)
   except ValueError as error:
     raise ConfigError(f'{path} is not JSON ({error}), so nobody knows which run this is. Choose another --run-dir, or '
                       'pass --restart to delete it and start anew.') from error

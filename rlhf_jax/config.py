@@ -139,6 +139,11 @@ def to_json(config):
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def changes(written, experiment):
+  """Differences between a run's config, as JSON, and an experiment. The mesh is none: any restores a checkpoint."""
+  return differences(written | {'mesh': None}, to_json(experiment) | {'mesh': None})
+
+
 def differences(old, new, prefix=''):
   """Dotted names of the fields in which two JSON configs differ, with both values: ['ppo.kl_weight: 0.05 -> 0.1']."""
   found = []

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 
 import jax
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from rlhf_jax.errors import ConfigError, ProcessError
+from rlhf_jax.startup import prepare_process
 
 _MEET_S = 1800  # the slowest thing that one process does while others wait: reading and tokenizing the data
 
@@ -47,14 +49,28 @@ class ProcessesConfig:
       raise ConfigError(f'--processes.coordinator {self.coordinator!r} is no address. Pass HOST:PORT, or auto on a TPU pod.')
 
 
-def join(config):
-  """Returns when all processes of the run are there; comes before any computing.
+@contextlib.contextmanager
+def joined(config):
+  """Inside, all processes of the run are there, only the first prints, and SIGTERM is noted for `stop_asked`.
 
-  From then on only the first one prints, and SIGTERM, which a machine sends that is taken away, is noted for `stop_asked`.
+  A machine that is taken away sends SIGTERM. With one process a second one ends it at once. Comes before any computing.
   """
-  if config.coordinator is None:
-    signal.signal(signal.SIGTERM, _note_stop)                                   # with several, JAX's preemption service does
-    return
+  prepare_process()
+  if config.coordinator is not None:
+    _meet_all(config)
+    if not is_first():
+      sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  for as long as the process lives
+  elif threading.current_thread() is threading.main_thread():
+    earlier = signal.signal(signal.SIGTERM, _note_stop)                         # with several, JAX's preemption service does
+  try:
+    yield
+  finally:
+    if config.coordinator is None and threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, earlier)
+      _stop.clear()
+
+
+def _meet_all(config):
   where = {}
   if config.coordinator != 'auto':
     where = {'coordinator_address': config.coordinator, 'num_processes': config.count, 'process_id': config.index}
@@ -65,8 +81,6 @@ def join(config):
     raise ConfigError(f'--processes.coordinator auto, but nothing here says how many processes there are ({error}). On a '
                       'TPU pod or under SLURM it is found; elsewhere pass HOST:PORT, --processes.count and '
                       '--processes.index.') from error
-  if not is_first():
-    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  for as long as the process lives
 
 
 def _roll_call(config):
@@ -117,7 +131,7 @@ def _answer(address, index, deadline):
 
 
 def are_several():
-  """Whether the run has more processes than this one. Asks no device."""
+  """Whether the run has more processes than this one."""
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -131,14 +145,17 @@ def meet(name):
   if not are_several():
     return
   try:
-    ocp.multihost.sync_global_processes(name, timeout=_MEET_S)
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=_MEET_S * 1000)
   except jax.errors.JaxRuntimeError as error:
-    raise ProcessError(f'not all processes came to {name!r} within {_MEET_S} s ({error}). Look at the output of the one '
+    raise ProcessError(f'not all processes came to {name!r} ({str(error).splitlines()[0]}). Look at the output of the one '
                        'that did not, and start all of them again.') from error
 
 
 def once(name, do):
-  """do() in the first process alone; the others wait for it. What it writes is there for all afterwards."""
+  """do() in the first process alone; the others wait for it. What it writes is there for all afterwards.
+
+  Where it fails, the first process ends with the error, and the others with it.
+  """
   if is_first():
     do()
   meet(name)
@@ -151,25 +168,31 @@ def leave(status, wait_s=5):
   """
   if not are_several():
     sys.exit(status)
-  with contextlib.suppress(jax.errors.JaxRuntimeError):
-    ocp.multihost.sync_global_processes('leave', timeout=wait_s)
-  sys.stderr.flush()
-  os._exit(status)
+  try:
+    ocp.multihost.get_barrier_sync_fn()(key='leave', timeout_ms=wait_s * 1000)
+  except jax.errors.JaxRuntimeError:
+    pass                                                                        # the others are busy, or gone
+  finally:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
-_stop_asked = False
+_stop = threading.Event()  # whether this run has been asked to stop
 _rounds = itertools.count(1)
 
 
 def _note_stop(number, frame):
-  global _stop_asked
-  _stop_asked = True
+  _stop.set()
   signal.signal(signal.SIGTERM, signal.SIG_DFL)                                  # a second one ends at once
 
 
 def stop_asked():
-  """Whether to save and stop now: the same answer in all processes. All call it, once a step."""
-  global _stop_asked
-  if are_several() and not _stop_asked:
-    _stop_asked = multihost_utils.reached_preemption_sync_point(next(_rounds))
-  return _stop_asked
+  """Whether to save and stop now: the same answer in all processes. All call it, once a step.
+
+  JAX agrees on it by the numbers that are passed here; nothing else may pass it others (see `checkpoint.py`).
+  """
+  if jax.distributed.is_initialized() and not _stop.is_set() and \
+     multihost_utils.reached_preemption_sync_point(next(_rounds)):
+    _stop.set()
+  return _stop.is_set()

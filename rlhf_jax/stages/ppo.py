@@ -179,7 +179,8 @@ def _learned(learned):
 def _extra_scores(run, rollout):
   """What the Python reward functions say of a rollout: (weighted sum [B], means by name); zeros where there are none.
 
-  Each process asks them about its own part of the rollout, and returns that part of the sum.
+  Each process asks them about its own part of the rollout, and returns that part of the sum. Where `tensor` spans several
+  processes, these have the same part: what the functions say of a text must not depend on chance.
   """
   part = run.runner.part
   if not run.task.reward_functions:

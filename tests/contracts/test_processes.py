@@ -18,7 +18,7 @@ from small import UNTIMED
 from rlhf_jax.checkpoint import _read_record
 from rlhf_jax.errors import ConfigError, ProcessError
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.processes import ProcessesConfig, join
+from rlhf_jax.processes import ProcessesConfig, joined
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # The small task as an experiment module. SFT is long, so that a signal sent early in it arrives in it, and learns slowly, so
@@ -33,6 +33,7 @@ experiment = small.experiment(sft__steps=60, sft__checkpoint_every=25, sft__eval
 cli.main(experiment, small.task, 'The small task.')
 '''
 DEVICES = 4
+ABSENT = {('sft', 'score'), ('sft', 'kl_nats_per_sequence'), ('reward', 'kl_nats_per_sequence'), ('ppo', 'held_out/loss')}
 
 
 def free_port():
@@ -40,20 +41,24 @@ def free_port():
     return door.getsockname()[1]
 
 
-def start(directory, count, *flags):
+def python(program, *args, devices=1):
+  """A process that runs a program on so many devices."""
+  # What is tested is not how well programs are compiled, of which each process does its own.
+  flags = f'--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}'
+  environment = os.environ | {'XLA_FLAGS': flags, 'NPROC': '16',
+                              'PYTHONPATH': os.pathsep.join((str(ROOT), str(ROOT / 'tests')))}
+  return subprocess.Popen([sys.executable, '-c', program, *args], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
+
+
+def start(directory, count, *flags, runner='sharded'):
   """`count` processes of the run in that directory, with 4 devices together."""
-  # What is tested is not how well the programs are compiled, of which each process does its own.
-  flags_of_xla = f'--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={DEVICES // count}'
-  environment = os.environ | {
-    'XLA_FLAGS': flags_of_xla, 'NPROC': '16',
-    'PYTHONPATH': os.pathsep.join((str(ROOT), str(ROOT / 'tests')))}
   address = f'127.0.0.1:{free_port()}'
   where = lambda index: () if count == 1 else (
     '--processes.coordinator', address, '--processes.count', str(count), '--processes.index', str(index),
     '--processes.lost-s', '10')
-  command = [sys.executable, '-c', PROGRAM, '--run-dir', str(directory), '--no-export', '--mesh.runner', 'sharded', *flags]
-  return [subprocess.Popen([*command, *where(index)], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True) for index in range(count)]
+  flags = '--run-dir', str(directory), '--mesh.runner', runner, *flags
+  return [python(PROGRAM, *flags, *where(index), devices=DEVICES // count) for index in range(count)]
 
 
 def ends(group, timeout=180):
@@ -66,8 +71,8 @@ def ends(group, timeout=180):
   return [(process.returncode, text) for process, text in zip(group, said, strict=True)]
 
 
-def runs_to_the_end(directory, count, *flags):
-  found = ends(start(directory, count, *flags))
+def runs_to_the_end(directory, count, *flags, **more):
+  found = ends(start(directory, count, *flags, **more))
   assert [status for status, _ in found] == [0] * count, found
   return found
 
@@ -97,18 +102,20 @@ def assert_same_losses(a, b):
     assert [row['step'] for row in mine] == [row['step'] for row in other]
     for name in ('loss', 'held_out/loss', 'score', 'kl_nats_per_sequence'):
       x, y = ([row[name] for row in rows if name in row] for rows in (mine, other))
+      assert len(x) == len(y) and (len(x) > 0 or (stage, name) in ABSENT)
       np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6, err_msg=f'{stage} {name}')
 
 
 def test_two_processes_stop_together_and_go_on_exactly_and_four_go_on_too(tmp_path):
   alone, two, stopped = (tmp_path / name for name in ('alone', 'two', 'stopped'))
-  runs_to_the_end(alone, 1, '--mesh.fsdp', '2')
+  runs_to_the_end(alone, 1, '--mesh.fsdp', '2', '--no-export')
   (_, first), (_, second) = runs_to_the_end(two, 2, '--mesh.fsdp', '2')
   assert 'sft: ' in first and 'results.json' in first
   assert 'sft' not in second                                                    # the first speaks for all
   assert_same_losses(alone, two)
+  assert all((two / stage / 'export' / 'model.safetensors').exists() for stage in ('sft', 'reward', 'ppo'))
 
-  group = start(stopped, 2, '--mesh.fsdp', '2')
+  group = start(stopped, 2, '--mesh.fsdp', '2', '--no-export')
   wait_for_rows(group, stopped, 5)
   group[1].send_signal(signal.SIGTERM)
   found = ends(group)
@@ -118,12 +125,12 @@ def test_two_processes_stop_together_and_go_on_exactly_and_four_go_on_too(tmp_pa
 
   four = tmp_path / 'four'
   shutil.copytree(stopped, four)
-  runs_to_the_end(stopped, 2, '--mesh.fsdp', '2', '--stages', 'sft')
+  runs_to_the_end(stopped, 2, '--mesh.fsdp', '2', '--no-export', '--stages', 'sft')
   assert timeless(stopped, 'sft') == timeless(two, 'sft')
   assert leaves(stopped, 'sft') == leaves(two, 'sft')                           # to the bit
-  runs_to_the_end(four, 4, '--mesh.fsdp', '4')                                   # more processes, another mesh
+  runs_to_the_end(four, 4, '--no-export', runner='pmap')                        # more processes, another mesh
   assert_same_losses(alone, four)
-  assert json.loads((four / 'experiment.json').read_text())['mesh']['fsdp'] == 4
+  assert json.loads((four / 'experiment.json').read_text())['mesh']['runner'] == 'pmap'
 
 
 def test_a_killed_process_ends_the_other_which_names_it(tmp_path):
@@ -137,13 +144,61 @@ def test_a_killed_process_ends_the_other_which_names_it(tmp_path):
   assert 'tasks are unhealthy (stopped sending heartbeats):\n1\n' in said
 
 
+# One process that joined, as on a slice of one host: JAX hears the signal, and Orbax saves by other numbers in between.
+STOPS = '''
+import os, signal, sys, tempfile, time
+import numpy as np
+from rlhf_jax import processes
+from rlhf_jax.checkpoint import Checkpoints
+config = processes.ProcessesConfig(sys.argv[1], count=1, index=0)
+with processes.joined(config), Checkpoints(tempfile.mkdtemp()) as checkpoints:
+  assert not any(processes.stop_asked() for _ in range(20))
+  checkpoints.save(120, {"a": np.ones(3)}, {})
+  os.kill(os.getpid(), signal.SIGTERM)
+  for step in range(1, 100):
+    if processes.stop_asked():
+      print("stopped at", step)
+      break
+    checkpoints.save(120 + step, {"a": np.ones(3)}, {})
+    time.sleep(0.05)
+'''
+
+
+def test_a_save_between_two_questions_hides_no_signal():
+  status, said = ends([python(STOPS, f'127.0.0.1:{free_port()}')], timeout=60)[0]
+  assert status == 0 and 'stopped at' in said, said
+
+
+FAILS = '''
+import sys
+import numpy as np
+from jax.experimental import multihost_utils
+from rlhf_jax import cli, processes
+from rlhf_jax.errors import DataError
+config = processes.ProcessesConfig(sys.argv[1], count=2, index=int(sys.argv[2]), lost_s=5)
+with cli.clear_exits("there", config.lost_s), processes.joined(config):
+  for step in range(100000):
+    multihost_utils.process_allgather(np.ones(1))
+    if config.index == 1 and step == 5:
+      raise DataError("a bad row")
+'''
+
+
+def test_an_error_in_one_process_ends_the_other():
+  address = f'127.0.0.1:{free_port()}'
+  (first, _), (second, said) = ends([python(FAILS, address, str(index)) for index in range(2)], timeout=60)
+  assert second == 2 and 'process 1: DataError: a bad row' in said
+  assert first not in (0, 75)
+
+
 def calls(configs):
-  """What `join` raises in a thread for each config, by index."""
+  """What `joined` raises in a thread for each config, by index."""
   raised = {}
 
   def call(config):
     try:
-      join(config)
+      with joined(config):
+        pass
     except ProcessError as error:
       raised[config.index] = str(error)
   threads = [threading.Thread(target=call, args=(config,)) for config in configs]
