@@ -47,11 +47,20 @@ def _operations(equation, trips):
   inside = [flops(jaxpr, trips) for jaxpr in jaxprs_in_params(params)]
   if not inside:
     return 0.0, 0.0
-  if name == 'cond':
-    return max(inside)
-  times = {'scan': lambda: params['length'], 'shard_map': lambda: math.prod(params['mesh'].shape.values()),
-           'pallas_call': lambda: _causal_share(equation) * math.prod(params['grid_mapping'].grid)}.get(name, lambda: 1)()
-  return _times(times, tuple(map(sum, zip(*inside))))
+  return max(inside) if name == 'cond' else _times(_runs(equation), tuple(map(sum, zip(*inside))))
+
+
+def _runs(equation):
+  """How often what an equation holds is run, on all chips together."""
+  params = equation.params
+  match equation.primitive.name:
+    case 'scan':
+      return params['length']
+    case 'shard_map':
+      return math.prod(params['mesh'].shape.values())
+    case 'pallas_call':
+      return _causal_share(equation) * math.prod(params['grid_mapping'].grid)
+  return 1
 
 
 def _times(times, counted):

@@ -77,8 +77,9 @@ def devices(topology):
   if importlib.util.find_spec('libtpu') is None:
     raise ConfigError(f"a plan for {topology} needs the TPU compiler, libtpu, which is not installed. Run pip install -e "
                       "'.[tpu]', on any machine; or plan for cpu:N.")
-  os.environ['TPU_SKIP_MDS_QUERY'] = '1'                                        # nobody need ask which TPU this machine is
-  jax.config.update('jax_platforms', 'cpu')                                     # nor take it, if there is one
+  # Nobody need ask which TPU this machine is, nor take it; so several may plan at once.
+  os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_enable_compilation_cache', False)                      # see _path_of
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=topology, **CHIPS[kind].options).devices

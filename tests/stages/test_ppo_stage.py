@@ -254,12 +254,16 @@ def test_the_value_as_a_second_head_on_the_policys_trunk(finished, tmp_path):
 
 
 def test_a_reward_model_of_another_size(finished, tmp_path):
-  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'), settings=QUICK | {'reward_preset': 'smaller'})
-  reward.train(run)
-  ppo.train(run)
-  assert ppo.restore(run)['value']['backbone']['final_norm_D'].shape == (8,)
-  assert ppo.restore(run)['policy']['backbone']['final_norm_D'].shape == (16,)
-  assert run.reward.config.vocab_size == run.policy.config.vocab_size           # they read the same tokens
+  """The value function has the size of the model that it starts from; from the SFT model, it starts at 0."""
+  settings = QUICK | {'reward_preset': 'smaller'}
+  reward.train(prepare(copy(finished, tmp_path / 'ranked', 'tokenizer', 'sft'), settings=settings))
+  for value_from, width in (('reward', 8), ('policy', 16)):
+    run = prepare(copy(tmp_path / 'ranked', tmp_path / value_from), settings=settings | {'ppo__value_from': value_from})
+    ppo.train(run)
+    assert ppo.restore(run)['value']['backbone']['final_norm_D'].shape == (width,)
+    assert ppo.restore(run)['policy']['backbone']['final_norm_D'].shape == (16,)
+    assert (timeless(run.stage('ppo'))[0]['value'] == 0) == (value_from == 'policy')
+    assert run.reward.config.vocab_size == run.policy.config.vocab_size         # they read the same tokens
 
 
 def test_a_value_of_another_size_needs_a_reward_model(finished, tmp_path):
