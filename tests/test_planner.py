@@ -131,7 +131,7 @@ state = run.runner.initialise(lambda key: init_state(initial_params(run.policy, 
 batch = run.runner.place(planner._demonstrations(run), 'batch')
 jax.block_until_ready((state, batch))
 resident = lambda what: int(re.search(rf'{what}:\\s+(\\d+) kB', open('/proc/self/status').read()).group(1)) * 1024
-step.lower(state, batch, jax.random.key(0)).compile()
+state, _ = jax.block_until_ready(step(state, batch, jax.random.key(0)))          # XLA's own buffers are there from now on
 held = sum(shard.data.nbytes for x in jax.live_arrays() for shard in x.addressable_shards if shard.device.id == 3)
 open('/proc/self/clear_refs', 'w').write('5')
 before = resident('VmRSS')
