@@ -16,8 +16,8 @@ from typing import Literal
 import jax
 import numpy as np
 
+from rlhf_jax import chips, planner, remedies, report, runners
 from rlhf_jax import config as configs
-from rlhf_jax import planner, report, runners
 from rlhf_jax.checkpoint import read_meta
 from rlhf_jax.data.text import check_vocabulary, load_tokenizer, pad_token, save_tokenizer, train_tokenizer
 from rlhf_jax.errors import CheckpointError, ConfigError, RlhfJaxError
@@ -175,18 +175,18 @@ def _reward_config(experiment, model_config):
 def show_plan(experiment, topology, as_json=False):
   """Prints what the experiment's programs cost on a topology, and what would help; returns whether all of them fit."""
   prepare_process()
-  devices = planner.devices(topology)
+  devices = chips.devices(topology)
   say = lambda text: print(text, file=sys.stderr, flush=True)
   prepare_it = lambda experiment: prepare_shapes(experiment, devices)
   made, suggestion = planner.plan(prepare_it(experiment), topology, say=say), None
   if made.too_large:
-    suggestion = planner.suggest(experiment, made, prepare_it, configs.override, say)
+    suggestion = remedies.suggest(experiment, made, prepare_it, configs.override, say)
   if as_json:
     print(json.dumps(planner.to_json(made, suggestion), indent=2))
   else:
     print(planner.markdown(made))
     if made.too_large:
-      print(f'It fits with {planner.flags(suggestion)}' if suggestion else
+      print(f'It fits with {remedies.flags(suggestion)}' if suggestion else
             'Nothing that was tried makes it fit: take more or larger chips, or shorter sequences.')
   return not made.too_large
 
