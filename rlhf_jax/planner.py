@@ -167,7 +167,7 @@ def cost(program, topology):
   """The Cost of a Program, which is compiled for it unless that has been done before."""
   every, repeated = compiled.flops(program.traced.jaxpr.jaxpr, program.trips)
   lowered, arguments = program.traced.lower(), _bytes(program.args)
-  path, read = _path_of(lowered, topology, program.trips), {}
+  path = _path_of(lowered, topology, program.trips)
   kept = path is not None and path.exists()
   read = json.loads(path.read_text()) if kept else _compiled(lowered, arguments, program.trips)
   if path is not None and not kept:
