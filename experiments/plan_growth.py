@@ -16,7 +16,8 @@ import matplotlib
 import tyro
 
 from experiments.llama3_8b import EXPERIMENT
-from rlhf_jax import cli, config, planner
+from rlhf_jax import chips, cli, config, planner
+from rlhf_jax.errors import RlhfJaxError
 from rlhf_jax.startup import prepare_process
 
 matplotlib.use('Agg')
@@ -35,7 +36,7 @@ def plans(topologies, experiment=EXPERIMENT):
   """{number of chips: Plan}."""
   found = {}
   for topology in topologies:
-    devices = planner.devices(topology)
+    devices = chips.devices(topology)
     sized = config.override(experiment, {'mesh.data': 1, 'mesh.fsdp': len(devices) // 4, 'mesh.tensor': 4})
     found[len(devices)] = planner.plan(cli.prepare_shapes(sized, devices), topology,
                                        say=lambda text: print(text, file=sys.stderr, flush=True))
@@ -63,10 +64,19 @@ def _sent(made, cost):
   return sum(cost.sent.values()) / 1e9
 
 
-if __name__ == '__main__':
+def main():
+  """The command line; exits with 2 on an error that the user can mend."""
   growth = tyro.cli(Growth, description=__doc__)
   prepare_process()
-  made = plans(growth.topologies)
-  draw(made, growth.picture)
-  for each in made.values():
+  try:
+    found = plans(growth.topologies)
+  except RlhfJaxError as error:
+    print(f'{type(error).__name__}: {error}', file=sys.stderr)
+    sys.exit(2)
+  draw(found, growth.picture)
+  for each in found.values():
     print(planner.markdown(each), end='\n\n')
+
+
+if __name__ == '__main__':
+  main()

@@ -18,8 +18,8 @@ from typing import Literal
 
 import jax
 
+from rlhf_jax import chips, planner, processes, remedies, report, runners
 from rlhf_jax import config as configs
-from rlhf_jax import planner, processes, report, runners
 from rlhf_jax.checkpoint import read_meta
 from rlhf_jax.data.text import check_vocabulary, load_tokenizer, pad_token, save_tokenizer, train_tokenizer
 from rlhf_jax.errors import CheckpointError, ConfigError, PreemptedError, RlhfJaxError
@@ -54,7 +54,6 @@ class Command:
 def main(experiment, make_task, description, name=None, args=None, sizes=None):
   """Runs an experiment from the command line, and exits as `clear_exits` says.
 
-
   `make_task(experiment)` gives the Task. `name` (the module's, by default) names the run directory. `sizes` has settings
   that suit a model preset on certain devices, {'llama3-8b': {'v5p:4x4x4': {'mesh.fsdp': 16}}}. --plan exits with 1 where
   they do not fit.
@@ -71,6 +70,11 @@ def main(experiment, make_task, description, name=None, args=None, sizes=None):
 def _parse(default, description, args, sizes):
   """(experiment, command) of the flags, over what `sizes` says of the devices that they name."""
   experiment, command = configs.parse(default, Command(), description, args)
+  if command.json and not command.plan:
+    raise ConfigError('--json without --plan. It is the form of a plan: pass --plan TOPOLOGY.')
+  if command.plan and command.sized_for:
+    raise ConfigError(f'--plan {command.plan} and --sized-for {command.sized_for}. A plan takes the settings of its own '
+                      'devices: pass one of the two.')
   sized, devices = sizes.get(experiment.preset, {}), command.plan or command.sized_for
   if devices in sized:
     return configs.parse(configs.override(default, sized[devices] | {'preset': experiment.preset}), Command(), description,
@@ -175,7 +179,7 @@ def prepare(experiment, make_task, directory):
 
 def prepare_shapes(experiment, devices):
   """The Run of an experiment on devices that need not be here: without task, tokenizer and weights, for its shapes alone."""
-  if experiment.pretrained is not None and pathlib.Path(experiment.pretrained).is_dir():
+  if _is_path(experiment.pretrained):
     model_config = huggingface.read_config(experiment.pretrained, **_runtime(experiment))
   else:                                                                         # what is on the hub has the preset's shapes
     model_config = preset(experiment.preset, **_runtime(experiment))
@@ -220,20 +224,30 @@ def _reward_config(experiment, model_config):
 def show_plan(experiment, topology, as_json=False):
   """Prints what the experiment's programs cost on a topology, and what would help; returns whether all of them fit."""
   prepare_process()
-  devices = planner.devices(topology)
+  devices = chips.devices(topology)
   say = lambda text: print(text, file=sys.stderr, flush=True)
   prepare_it = lambda experiment: prepare_shapes(experiment, devices)
-  made, suggestion = planner.plan(prepare_it(experiment), topology, say=say), None
+  run, suggestion = prepare_it(experiment), None
+  if not _is_path(experiment.pretrained) and experiment.pretrained is not None:
+    say(f'{experiment.pretrained} is not looked at: the plan takes the sizes of the preset {experiment.preset}')
+  if run.runner.mesh.size < len(devices):
+    say(f'--mesh.runner {experiment.mesh.runner} uses {run.runner.mesh.size} of the {len(devices)} devices')
+  made = planner.plan(run, topology, say=say)
   if made.too_large:
-    suggestion = planner.suggest(experiment, made, prepare_it, configs.override, say)
+    suggestion = remedies.suggest(experiment, made, prepare_it, configs.override, len(devices), say)
   if as_json:
     print(json.dumps(planner.to_json(made, suggestion), indent=2))
   else:
     print(planner.markdown(made))
     if made.too_large:
-      print(f'It fits with {planner.flags(suggestion)}' if suggestion else
+      print(f'It fits with {remedies.flags(suggestion)}' if suggestion else
             'Nothing that was tried makes it fit: take more or larger chips, or shorter sequences.')
   return not made.too_large
+
+
+def _is_path(pretrained):
+  """Whether that is a directory, or can be nothing else, and not the name of a model on the hub."""
+  return pretrained is not None and (pathlib.Path(pretrained).is_dir() or pretrained.startswith(('.', '/', '~')))
 
 
 def _check_attention(kernel, found):

@@ -2,7 +2,8 @@
 
 Products are counted in the traced program (`flops`): two operations for each multiplication and addition of every
 `dot_general`, for the whole batch on all chips, loops included; nothing else is counted. An attention kernel counts what
-its grid does, less what causality spares. What a backward pass computes a second time is counted apart.
+its grid does, less what causality spares. What a backward pass computes a second time is counted apart, except inside such
+a kernel, whose backward pass makes two of its seven products again.
 
 Bytes are read off the compiled program (`traffic`), which is that of one chip. Every instruction reads its operands and
 writes its result once; a slice counts as itself, not as what it is cut from, and what the compiler keeps on the chip
@@ -230,7 +231,7 @@ def _hbm(instruction, own, computations):
   start = own[instruction.operands[0]] if instruction.op.endswith('-done') else instruction
   sources, op = [own[name].type for name in start.operands], start.op.removesuffix('-start')
   if op in ('dynamic-update-slice', 'scatter'):
-    return 2 * size(sources[1], hbm_only=True)
+    return 2 * size(sources[2 if op == 'scatter' else 1], hbm_only=True)
   written = size(instruction.type, hbm_only=True)
   if op in _PARTS:
     return written + (size(instruction.type) if size(sources[0], hbm_only=True) else 0)

@@ -140,8 +140,8 @@ def to_json(config):
 
 
 def changes(written, experiment):
-  """Differences between a run's config, as JSON, and an experiment. The mesh is none: any restores a checkpoint."""
-  return differences(written | {'mesh': None}, to_json(experiment) | {'mesh': None})
+  """Differences between a run's config, as JSON, and an experiment. How it lies on devices is none: any restores it."""
+  return [change for change in differences(written, to_json(experiment)) if not change.startswith(('mesh.', 'ppo.gather:'))]
 
 
 def differences(old, new, prefix=''):

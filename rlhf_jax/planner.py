@@ -1,16 +1,16 @@
 """Whether an experiment fits on devices that are not here, and how fast it could be there at best.
 
-Every program of a run (SFT step, reward step, generate, experience, PPO update) is made by the functions that the stages
-call, on shapes instead of arrays, and compiled for the devices asked for: nothing is allocated, and no data, tokenizer or
-weights are needed. Batches have their full length, a prompt two ranked responses, and every answer runs to its limit.
+The five programs in which a run spends its time (SFT step, reward step, generate, experience, PPO update) are made by the
+functions that the stages call, on shapes instead of arrays, and compiled for the devices asked for: nothing is allocated,
+and no data, tokenizer or weights are needed. Batches have their full length, a prompt two ranked responses, and every
+answer runs to its limit. Evaluations and the answers that labellers rank are not planned: they are smaller, or alike.
 
 What a chip holds while a program runs is all that its stage keeps there, arguments or not, and the program's own
 temporaries. Beside it, while a stage saves, Orbax copies arrays to the host, not on the chip. The estimate of time is a
 roofline: the longest of computing, HBM and interconnect, each at its published peak and all at once. Read next:
-`compiled.py`, which reads a program.
+`compiled.py`, which reads a program; `chips.py`, `remedies.py`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -27,12 +27,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from rlhf_jax import compiled
+from rlhf_jax.chips import Chip, chip_of
 from rlhf_jax.data import batches
 from rlhf_jax.data.encode import RankedRows, Row
-from rlhf_jax.errors import ConfigError, RlhfJaxError
+from rlhf_jax.errors import ConfigError
 from rlhf_jax.generate import loop_trips
 from rlhf_jax.model.cache import empty_cache
 from rlhf_jax.model.heads import initial_params
@@ -41,71 +41,6 @@ from rlhf_jax.stages.descent import compile_step
 from rlhf_jax.step import init_state
 
 TOKENIZER = types.SimpleNamespace(eos_token_id=0, pad_token_id=0)  # stands for any: shapes do not depend on the ids
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Published figures of one chip; `hbm` is what its compiler lets a program use, measured with libtpu 0.0.42."""
-  flops: float  # bfloat16, a second
-  hbm: float  # bytes
-  hbm_speed: float  # bytes a second
-  ici_speed: float  # bytes a second to all neighbours together, one way: half of the bidirectional figure
-  example: str  # a topology
-  source: str
-  options: dict = dataclasses.field(default_factory=dict)  # what the compiler must be told of the topology
-
-
-_DOCS = 'https://docs.cloud.google.com/tpu/docs/'
-CHIPS = {
-  'v4': Chip(275e12, 30.75 * 2**30, 1200e9, 300e9, '2x2x4', _DOCS + 'v4; ICI: arXiv 2304.01433, table 4',
-             {'chip_config_name': 'megacore'}),
-  'v5e': Chip(197e12, 15.75 * 2**30, 819e9, 200e9, '8x8', _DOCS + 'v5e'),
-  'v5p': Chip(459e12, 95.74 * 2**30, 2765e9, 600e9, '4x4x4', _DOCS + 'v5p'),
-  'v6e': Chip(918e12, 31.25 * 2**30, 1638e9, 400e9, '8x8', _DOCS + 'v6e'),
-  # JAX has two devices on each of these chips: half of each figure.
-  'tpu7x': Chip(1153.5e12, 94.75 * 2**30, 3690e9, 300e9, '2x2x4', _DOCS + 'tpu7x, halved: two devices a chip'),
-}
-
-
-def devices(topology):
-  """The devices of a topology such as 'v5p:4x4x4' or 'cpu:8', of which only those of a CPU are real."""
-  kind, _, shape = topology.partition(':')
-  if kind == 'cpu' and shape.isdigit() and int(shape) > 0:
-    return _cpu_devices(int(shape))
-  if kind not in CHIPS or not re.fullmatch(r'\d+(x\d+)+', shape):
-    raise ConfigError(f'there is no topology {topology!r}. {_known()}')
-  if importlib.util.find_spec('libtpu') is None:
-    raise ConfigError(f"a plan for {topology} needs the TPU compiler, libtpu, which is not installed. Run pip install -e "
-                      "'.[tpu]', on any machine; or plan for cpu:N.")
-  # Nobody need ask which TPU this machine is, nor take it; so several may plan at once.
-  os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-  jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_enable_compilation_cache', False)                      # see _path_of
-  try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=topology, **CHIPS[kind].options).devices
-  except jax.errors.JaxRuntimeError as error:
-    said = str(error).splitlines()[0]
-    raise ConfigError(f'the TPU compiler knows no topology {topology!r} ({said}). {_known()}') from error
-
-
-def _known():
-  return ('Known: ' + ', '.join(f'{kind}:{chip.example}' for kind, chip in CHIPS.items())
-          + ', in these and other sizes, and cpu:N.')
-
-
-def _cpu_devices(count):
-  with contextlib.suppress(RuntimeError):                                       # a process that has begun has its devices
-    jax.config.update('jax_num_cpu_devices', count)
-  found = jax.devices('cpu')
-  if len(found) < count:
-    raise ConfigError(f'a plan for cpu:{count}, but this process has {len(found)} CPU devices, made when it began. Set '
-                      f'XLA_FLAGS=--xla_force_host_platform_device_count={count}.')
-  return found[:count]
-
-
-def chip_of(topology):
-  """The Chip of a topology; None for a CPU, of which nothing is published here."""
-  return CHIPS.get(topology.partition(':')[0])
 
 
 # ---- the programs of a run
@@ -233,7 +168,7 @@ def cost(program, topology):
   """The Cost of a Program, which is compiled for it unless that has been done before."""
   every, repeated = compiled.flops(program.traced.jaxpr.jaxpr, program.trips)
   lowered, arguments = program.traced.lower(), _bytes(program.args)
-  path, read = _path_of(lowered, topology, program.trips), {}
+  path = _path_of(lowered, topology, program.trips)
   kept = path is not None and path.exists()
   read = json.loads(path.read_text()) if kept else _compiled(lowered, arguments, program.trips)
   if path is not None and not kept:
@@ -277,7 +212,8 @@ def _path_of(lowered, topology, trips):
   if jax.config.jax_compilation_cache_dir is None:
     return None
   compiler = [importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu') if importlib.util.find_spec(name)]
-  what = [lowered.as_text(), topology, repr(trips), *compiler, pathlib.Path(compiled.__file__).read_text()]
+  what = [lowered.as_text(), topology, repr(trips), *compiler, pathlib.Path(compiled.__file__).read_text(),
+          pathlib.Path(__file__).read_text(), *(os.environ.get(name, '') for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS'))]
   digest = hashlib.sha256('\0'.join(what).encode()).hexdigest()
   return pathlib.Path(jax.config.jax_compilation_cache_dir) / 'plans' / f'{digest}.json'
 
@@ -290,6 +226,7 @@ class Plan:
   capacity: float  # bytes that a program may use of one chip's memory
   chip: Chip | None  # None for CPUs: no estimate of time
   costs: list[Cost]
+  parameters: dict[str, int]  # how many each model has
 
   def fits(self, cost):
     """Whether a program and what lies beside it fit on a chip."""
@@ -323,69 +260,13 @@ def plan(run, topology, only=None, say=lambda text: None):
       say(f'{program.name}: compiling for {topology}')
       costs.append(cost(program, topology))
       say(f'{program.name}: ' + ('known' if costs[-1].kept else f'{costs[-1].compile_seconds:.0f} s'))
-  return Plan(topology, dict(run.runner.mesh.shape), capacity, chip, costs)
+  return Plan(topology, dict(run.runner.mesh.shape), capacity, chip, costs, _parameters(run))
 
 
-# ---- what helps
-
-def remedies(experiment, cost, mesh):
-  """Settings that make a program smaller, each with those before it, the least harmful first."""
-  stage, trains, changes = getattr(experiment, cost.stage), cost.name in ('SFT step', 'reward step', 'PPO update'), {}
-  data, fsdp, tensor = (mesh.get(axis, 1) for axis in ('data', 'fsdp', 'tensor'))
-  if trains and not experiment.remat:
-    yield (changes := changes | {'remat': True})
-  pieces = stage.microbatches * 2
-  while trains and stage.batch_size // getattr(stage, 'minibatches', 1) % (pieces * data * fsdp) == 0:
-    yield (changes := changes | {f'{cost.stage}.microbatches': pieces})
-    pieces *= 2
-  if cost.name == 'generate':
-    slots = (stage.slots or stage.batch_size) // 2
-    if slots % (data * fsdp) == 0:
-      yield (changes := changes | {'ppo.slots': slots})
-    if stage.gather and fsdp > 1:
-      yield (changes := changes | {'ppo.gather': False})
-  if trains and stage.optimizer.moment_dtype != 'bfloat16':
-    yield (changes := changes | {f'{cost.stage}.optimizer.moment_dtype': 'bfloat16'})
-  if experiment.mesh.runner == 'sharded' and data > 1:
-    yield changes | {'mesh.data': 1, 'mesh.fsdp': fsdp * data}
-  elif tensor > 1:
-    yield changes | {'mesh.data': 1, 'mesh.fsdp': fsdp * 2, 'mesh.tensor': tensor // 2}
-
-
-def suggest(experiment, made, prepare, override, say=lambda text: None):
-  """Settings under which all programs of a Plan fit, compiled to be sure; None where none of the remedies helps.
-
-  `prepare(experiment)` gives the Run, `override(experiment, settings)` the changed experiment.
-  """
-  found = {}
-  for cost in made.too_large:
-    for settings in remedies(experiment, cost, made.mesh):
-      say(f'{cost.name} does not fit; with {flags(settings)}?')
-      try:
-        tried = plan(prepare(override(experiment, found | settings)), made.topology, [cost.name], say)
-      except RlhfJaxError as error:                                              # what this mesh divides, another may not
-        say(str(error))
-        continue
-      if not tried.too_large:
-        found |= settings
-        break
-    else:
-      return None
-  if any(name.startswith('mesh') for name in found) and \
-     plan(prepare(override(experiment, found)), made.topology, say=say).too_large:
-    return None
-  return found
-
-
-def flags(settings):
-  """Settings as the command line has them."""
-  return ' '.join(_flag(*name.replace('_', '-').rpartition('.'), value) for name, value in settings.items())
-
-
-def _flag(group, dot, name, value):
-  if isinstance(value, bool):
-    return f'--{group}{dot}{name}' if value else f'--{group}{dot}no-{name}'
-  return f'--{group}{dot}{name} {value}'
+def _parameters(run):
+  count = lambda model: sum(math.prod(x.shape) for x in jax.tree.leaves(
+    jax.eval_shape(functools.partial(initial_params, model), _key())))
+  return {name: count(getattr(run, name)) for name in ('policy', 'value', 'reward')}
 
 
 # ---- what is said
@@ -397,7 +278,8 @@ def to_json(made, suggestion=None):
            'sent_bytes_per_chip': cost.sent, 'collectives': cost.collectives, 'seconds': made.seconds(cost),
            'mfu': made.mfu(cost) if made.seconds(cost) else None, 'compile_seconds': cost.compile_seconds,
            'refused': cost.refused} for cost in made.costs]
-  return {'topology': made.topology, 'mesh': made.mesh, 'capacity_bytes_per_chip': made.capacity,
+  return {'topology': made.topology, 'mesh': made.mesh, 'parameters': made.parameters,
+          'capacity_bytes_per_chip': made.capacity,
           'chip': made.chip and dataclasses.asdict(made.chip), 'fits': not made.too_large, 'suggestion': suggestion,
           'programs': rows, 'assumptions': assumptions(made)}
 
@@ -433,7 +315,8 @@ def markdown(made):
                   '-' if cost.hbm is None else f'{cost.hbm / 1e9:.4g}', sent,
                   *(f'{seconds[kind]:.3g}' if seconds else '-' for kind in ('compute', 'hbm', 'ici')),
                   f'{made.mfu(cost):.0%}' if seconds else '-', f'{cost.compile_seconds:.0f}' + ' before' * cost.kept])
-  return '\n\n'.join([f'{made.topology}, {mesh}', _table(memory), _table(moved),
+  models = ', '.join(f'{name} {count / 1e9:.3g}' for name, count in made.parameters.items())
+  return '\n\n'.join([f'{made.topology}, {mesh}; billions of parameters: {models}', _table(memory), _table(moved),
                       '\n'.join(f'- {sentence}' for sentence in assumptions(made))])
 
 

@@ -119,9 +119,17 @@ def _pin(x, name, without=()):
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(kept, spec(name, x.shape), x.shape)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(weight, name):
-  """A parameter, whole along the mesh axis fsdp while it is used; its gradient is cut along it again. Else unchanged.
+  """A parameter, whole along the mesh axis fsdp while it is used; its gradient is cut along it again.
+
+  Without such an axis it is the weight itself, and can be differentiated in any way.
+  """
+  return _gathered(weight, name) if cuts_parameters() else weight
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(weight, name):
+  """`gathered` where there is something to gather.
 
   Said here, because what a compiler does of itself with a weight that is cut along a contracted axis is to send it around
   piece by piece, and to add to all of the product for each.
@@ -130,7 +138,7 @@ def gathered(weight, name):
 
 
 # The gradient first whole, then cut: each chip sums over its own sequences, and the sums of all are scattered.
-gathered.defvjp(lambda weight, name: (_pin(weight, name, without=('fsdp',)), None),
+_gathered.defvjp(lambda weight, name: (_pin(weight, name, without=('fsdp',)), None),
                 lambda name, _, gradient: (_pin(_pin(gradient, name, without=('fsdp',)), name),))
 
 

@@ -14,9 +14,9 @@ FLOORS = [
   ('model',),
   ('losses',),
   ('optimizer', 'step', 'update', 'generate', 'experience', 'rewards', 'compiled'),
-  ('runners',),
+  ('runners', 'chips'),
   ('data', 'checkpoint', 'metrics', 'processes', 'startup'),
-  ('config', 'handoff', 'stages', 'planner', 'report', 'cli'),
+  ('config', 'handoff', 'stages', 'planner', 'remedies', 'report', 'cli'),
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FORBIDDEN = {'utils', 'util', 'common', 'helpers', 'helper', 'base', 'misc', 'registry', 'trainer'}
