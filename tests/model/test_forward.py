@@ -143,3 +143,16 @@ def test_models_of_one_run_share_a_vocabulary():
     Models(LanguageModel(small), ScalarModel(small), ScalarModel(large))
   assert Models(LanguageModel(small), ScalarModel(small)).reward is None
   Models(LanguageModel(small), ScalarModel(small), ScalarModel(tiny.config('llama', layers=2)))
+
+
+def test_derivatives_forwards_and_backwards_agree():
+  """<J u, v> = <u, J' v> for the Jacobian of the log-probabilities: any derivative can be taken where nothing is cut."""
+  model, _ = tiny.models()
+  weights, tokens_BT = tiny.params(model, 1), jnp.array(RNG.integers(0, 19, (2, 5)))
+  run = lambda params: forward.next_logprobs(model, params, tokens_BT, jnp.ones((2, 5), bool))[0]
+  direction = jax.tree.map(lambda x: jnp.asarray(RNG.normal(size=x.shape).astype(np.float32)), weights)
+  _, moved_BT = jax.jit(lambda p, d: jax.jvp(run, (p,), (d,)))(weights, direction)
+  weight_BT = jnp.asarray(RNG.normal(size=moved_BT.shape).astype(np.float32))
+  pulled, = jax.jit(lambda p, w: jax.vjp(run, p)[1](w))(weights, weight_BT)
+  there = sum(float(jnp.vdot(a, b)) for a, b in zip(jax.tree.leaves(direction), jax.tree.leaves(pulled), strict=True))
+  np.testing.assert_allclose(there, float(jnp.vdot(moved_BT, weight_BT)), rtol=1e-4)
