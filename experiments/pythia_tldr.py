@@ -19,16 +19,11 @@ from rlhf_jax.config import MeshConfig
 EXPERIMENT = dataclasses.replace(tldr.EXPERIMENT, attention='splash', remat=True, scan_layers=True,
                                  mesh=MeshConfig(runner='sharded'))
 
-
-def _sized(size, **topologies):
-  """Settings by topology, each with the weights of that size."""
-  return {f'pythia-{size}': {topology: {'pretrained': f'EleutherAI/pythia-{size}-deduped'} | settings
-                             for topology, settings in topologies.items()}}
-
-
-SIZES = (_sized('1b', **{'v5e:2x4': {'mesh.fsdp': 8}})
-         | _sized('2.8b', **{'v5e:4x4': {'mesh.fsdp': 16}})
-         | _sized('6.9b', **{'v5e:8x8': {'mesh.fsdp': 16, 'mesh.tensor': 4}, 'v5p:2x2x2': {'mesh.fsdp': 8}}))
+SIZES = {
+  'pythia-1b': {'v5e:2x4': {'pretrained': 'EleutherAI/pythia-1b-deduped', 'mesh.fsdp': 8, 'ppo.slots': 256}},
+  'pythia-2.8b': {'v5e:4x8': {'pretrained': 'EleutherAI/pythia-2.8b-deduped', 'mesh.fsdp': 16, 'mesh.tensor': 2}},
+  'pythia-6.9b': {'v5p:2x2x2': {'pretrained': 'EleutherAI/pythia-6.9b-deduped', 'mesh.fsdp': 8}},
+}
 
 if __name__ == '__main__':
   cli.main(EXPERIMENT, make_task, __doc__, sizes=SIZES)
