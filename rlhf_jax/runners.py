@@ -47,8 +47,7 @@ class Runner:
     return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), found, is_leaf=_is_spec)
 
   def place(self, tree, kind: Kind):
-    """The tree on the devices of this runner; arrays that lie there already are not copied, shapes learn where they would.
-    """
+    """The tree on the devices of this runner; arrays that lie there already are not copied, shapes learn where to lie."""
     leaves, structure = jax.tree.flatten(tree)
     known = structure, tuple(np.shape(leaf) for leaf in leaves), kind
     if known not in self._known:
