@@ -115,7 +115,7 @@ class TestOperations:
 # ---- bytes
 
 REAL = """
-import os, json, re, sys
+import ctypes, json, re, sys, time
 import jax
 from rlhf_jax import cli, config, planner
 from rlhf_jax.stages import descent, sft
@@ -133,6 +133,8 @@ jax.block_until_ready((state, batch))
 resident = lambda what: int(re.search(rf'{what}:\\s+(\\d+) kB', open('/proc/self/status').read()).group(1)) * 1024
 state, _ = jax.block_until_ready(step(state, batch, jax.random.key(0)))          # XLA's own buffers are there from now on
 held = sum(shard.data.nbytes for x in jax.live_arrays() for shard in x.addressable_shards if shard.device.id == 3)
+time.sleep(2)                                                                    # by then its threads have freed theirs
+ctypes.CDLL(None).malloc_trim(0)
 open('/proc/self/clear_refs', 'w').write('5')
 before = resident('VmRSS')
 jax.block_until_ready(step(state, batch, jax.random.key(0)))
