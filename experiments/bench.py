@@ -545,6 +545,7 @@ def main(args=None):
   """The command line; exits with 2 and one clear line on an error that the user can mend. Returns the results."""
   bench = tyro.cli(Bench, description=__doc__, args=args)
   try:
+    prepare_process(bench.mesh.cpu_devices)
     results = run(bench)
     show(results)
     if bench.json:
@@ -564,6 +565,5 @@ def _write(path, text, mode):
 
 
 if __name__ == '__main__':
-  prepare_process()
   jax.config.update('jax_enable_compilation_cache', False)                       # or compile seconds would be of loading
   main()

@@ -4,7 +4,8 @@
     python -m experiments.bench_peers --only sft generate --preset medium --repeats 3
 
 Everything is float32 on the CPU with random weights, and runs through `torch.compile`. Each side has a process of its own,
-and the rounds alternate, so that a noisy machine is noisy for all; what counts is the ratio. The PyTorch side is what a
+and the rounds alternate, so that a noisy machine is noisy for all; what counts is the ratio. Our side makes a device of
+each of two cores (--mesh.runner pmap --mesh.cpu-devices 2); PyTorch's threads share them. The PyTorch side is what a
 careful person writes by hand: fused attention and AdamW, a static cache, sampling by one uniform number a row (faster
 here than torch.multinomial). Of `transformers`, SFT and `generate` with a static cache.
 Needs the extra `test`, which brings torch. Absent on purpose: PPO of libraries that no longer have it, and GPUs.
@@ -13,6 +14,7 @@ Needs the extra `test`, which brings torch. Absent on purpose: PPO of libraries 
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import statistics
 import sys
@@ -32,7 +34,9 @@ except ImportError:
   sys.exit("bench_peers compares with PyTorch, which is not installed. Install it: pip install -e '.[test]'")
 
 from experiments import bench
-from rlhf_jax import report, runners
+from rlhf_jax import report
+from rlhf_jax.cli import make_runner
+from rlhf_jax.config import MeshConfig
 from rlhf_jax.errors import ConfigError, RlhfJaxError
 from rlhf_jax.model.config import preset
 from rlhf_jax.model.heads import LanguageModel, ScalarModel
@@ -46,6 +50,7 @@ class BenchPeers:
   """What is compared, and how often."""
   preset: str = 'small'  # model of the Llama family, by name (rlhf_jax.model.config.PRESETS)
   batch: bench.BatchConfig = bench.BatchConfig()
+  mesh: MeshConfig = MeshConfig(runner='pmap', cpu_devices=2)
   repeats: int = 5  # rounds that count, after two that compile and warm up
   only: tuple[Literal['sft', 'reward', 'generate', 'ppo'], ...] = ('sft', 'reward', 'generate', 'ppo')  # workloads
 
@@ -240,8 +245,8 @@ class Transformers:
 
 class Ours:
   """The workloads of `bench`, each round going on from the state of the last."""
-  def __init__(self, config, batch):
-    self.setting = bench.Setting(runners.single(), LanguageModel(config), ScalarModel(config), batch)
+  def __init__(self, config, batch, mesh):
+    self.setting = bench.Setting(make_runner(mesh), LanguageModel(config), ScalarModel(config), batch)
     self.workloads, self.states = {}, {}
 
   def __getattr__(self, name):
@@ -261,11 +266,11 @@ SIDES = {'rlhf_jax': Ours, 'PyTorch': Torch, 'transformers': Transformers}
 DONE_BY = {'sft': tuple(SIDES), 'reward': ('rlhf_jax', 'PyTorch'), 'generate': tuple(SIDES), 'ppo': ('rlhf_jax', 'PyTorch')}
 
 
-def _begin(who, config, batch):
+def _begin(make, mesh, config, batch):
   """Makes this process one side."""
   global _side
-  prepare_process()                                                              # freed memory stays, for every side
-  _side = SIDES[who](config, batch)
+  prepare_process(mesh.cpu_devices)                                              # freed memory stays, for every side
+  _side = make(config, batch)
 
 
 def _round(name):
@@ -275,12 +280,13 @@ def _round(name):
   return time.perf_counter() - began
 
 
-def compare(config, batch, only, repeats):
+def compare(config, batch, mesh, only, repeats):
   """{workload: {who: median seconds of a round}}. A side's memory and threads do not meddle with another's."""
   found, spawn = {}, multiprocessing.get_context('spawn')
   with contextlib.ExitStack() as stack:
-    sides = {who: stack.enter_context(concurrent.futures.ProcessPoolExecutor(1, spawn, _begin, (who, config, batch)))
-             for who in SIDES}
+    makers = SIDES | {'rlhf_jax': functools.partial(Ours, mesh=mesh)}
+    sides = {who: stack.enter_context(concurrent.futures.ProcessPoolExecutor(1, spawn, _begin, (make, mesh, config, batch)))
+             for who, make in makers.items()}
     progress = stack.enter_context(rich.progress.Progress(transient=True))
     task = progress.add_task('', total=len(only) * (_WARMUPS + repeats))
     for name in only:
@@ -303,7 +309,7 @@ def main(args=None):
       raise ConfigError(f'--preset {asked.preset} is of the family {config.family}; the peers are written for llama.')
     if asked.repeats < 1 or not asked.only:
       raise ConfigError('nothing is measured: --repeats must be at least 1, and --only name some workload.')
-    found = compare(config, asked.batch, asked.only, asked.repeats)
+    found = compare(config, asked.batch, asked.mesh, asked.only, asked.repeats)
   except RlhfJaxError as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
     sys.exit(2)

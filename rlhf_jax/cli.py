@@ -60,6 +60,7 @@ def main(experiment, make_task, description, name=None, args=None, sizes=None):
   """
   with clear_exits():
     experiment, command = _parse(experiment, description, args, sizes or {})
+    prepare_process(experiment.mesh.cpu_devices)
     if command.plan:
       sys.exit(0 if show_plan(experiment, command.plan, command.json) else 1)
   directory = pathlib.Path(command.run_dir or pathlib.Path('runs') / (name or pathlib.Path(sys.argv[0]).stem))
@@ -122,10 +123,10 @@ def _say_error(text):
 def run_stages(experiment, make_task, directory, command=Command()):
   """Runs the stages asked for, in their order; returns the results, which are in results.json too."""
   began = time.monotonic()
+  prepare_process(experiment.mesh.cpu_devices)
   unknown = set(command.stages) - set(_STAGES)
   if unknown:
     raise ConfigError(f'there is no stage {min(unknown)!r}. Choose from: {", ".join(_STAGES)}.')
-  prepare_process()
   directory = pathlib.Path(directory)
   processes.once('run directory', lambda: _open_directory(experiment, directory, command))
   run = prepare(experiment, make_task, directory)

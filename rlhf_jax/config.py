@@ -28,6 +28,11 @@ class MeshConfig:
   data: int | None = None  # sharded: ways to split the batch; None takes what fsdp and tensor leave
   fsdp: int = 1  # sharded: ways to cut parameters along the model width, the batch too
   tensor: int = 1  # sharded: ways to cut heads, feed-forward and vocabulary
+  cpu_devices: int | None = None  # without an accelerator: how many devices share its cores; None: 1, or as XLA_FLAGS says
+
+  def __post_init__(self):
+    if self.cpu_devices is not None:
+      _positive(self, 'cpu_devices')
 
 
 @dataclasses.dataclass(frozen=True)

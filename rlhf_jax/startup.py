@@ -8,15 +8,30 @@ import sys
 
 import jax
 
+from rlhf_jax.errors import ConfigError
+
 _ACCELERATORS = '/dev/nvidia[0-9]*', '/dev/accel[0-9]*', '/dev/vfio/[0-9]*'    # an NVIDIA GPU, a TPU, a newer TPU
 _MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = -4, -1, -8                            # of <malloc.h>
 
 
-def prepare_process():
-  """Call it before anything is computed: it changes nothing that has started."""
+def prepare_process(cpu_devices=None):
+  """Call it before anything is computed. `cpu_devices` says how many devices share the cores; None leaves that as it is."""
+  if cpu_devices is not None:
+    divide_cpu(cpu_devices)
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')               # that PyTorch is absent; it is not needed
   _keep_compiled_programs()
   _keep_freed_memory()
+
+
+def divide_cpu(count):
+  """Makes so many devices of the CPU, which share its cores; ConfigError where JAX has begun with another number."""
+  try:
+    jax.config.update('jax_num_cpu_devices', count)
+  except RuntimeError:                                                          # it has begun, and keeps what it has
+    found = jax.local_device_count('cpu')
+    if found != count:
+      raise ConfigError(f'{count} CPU devices are asked for, but this process has {found}, made when it began. Set '
+                        f'XLA_FLAGS=--xla_force_host_platform_device_count={count}.') from None
 
 
 def _keep_compiled_programs():

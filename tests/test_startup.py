@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from rlhf_jax import startup
+from rlhf_jax.errors import ConfigError
 
 
 def test_compiled_programs_are_kept_where_the_docs_say(tmp_path):
@@ -38,3 +40,15 @@ def test_freed_memory_is_kept_on_a_cpu_unless_the_user_chose(variable, devices, 
   monkeypatch.setattr(startup.glob, 'glob', lambda pattern: devices)
   startup._keep_freed_memory()
   assert calls == kept
+
+
+def test_a_cpu_is_divided_into_devices_before_it_is_used():
+  code = ('import sys; from rlhf_jax.startup import prepare_process; prepare_process(int(sys.argv[1])); import jax; '
+          'print(jax.device_count())')
+  bare = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+  said = subprocess.run([sys.executable, '-c', code, '3'], env=bare, capture_output=True, text=True, check=True).stdout
+  assert said == '3\n'
+  assert jax.local_device_count() == 8
+  startup.divide_cpu(8)
+  with pytest.raises(ConfigError, match=r'3 CPU devices are asked for, but this process has 8.*device_count=3'):
+    startup.divide_cpu(3)

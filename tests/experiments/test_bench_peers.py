@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from experiments import bench, bench_peers
+from rlhf_jax.config import MeshConfig
 from rlhf_jax.model import forward
 from rlhf_jax.model.config import preset
 from rlhf_jax.model.heads import LanguageModel, initial_params
@@ -63,7 +64,7 @@ def test_the_cache_by_hand_continues_what_the_whole_model_says():
 
 def test_all_sides_do_all_rounds(monkeypatch):
   monkeypatch.setenv('TORCH_COMPILE_DISABLE', '1')                              # in the processes of the sides
-  found = bench_peers.compare(CONFIG, BATCH, ('generate',), 1)
+  found = bench_peers.compare(CONFIG, BATCH, MeshConfig(), ('generate',), 1)
   assert {name: set(seconds) for name, seconds in found.items()} == {'generate': {'rlhf_jax', 'PyTorch', 'transformers'}}
   assert all(seconds > 0 for times in found.values() for seconds in times.values())
 
