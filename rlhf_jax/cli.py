@@ -62,7 +62,7 @@ def main(experiment, make_task, description, name=None, args=None, sizes=None):
     experiment, command = _parse(experiment, description, args, sizes or {})
     prepare_process(experiment.mesh.cpu_devices)
     if command.plan:
-      sys.exit(0 if show_plan(experiment, command.plan, command.json) else 1)
+      sys.exit(0 if show_plan(experiment, command) else 1)
   directory = pathlib.Path(command.run_dir or pathlib.Path('runs') / (name or pathlib.Path(sys.argv[0]).stem))
   with clear_exits(directory, command.processes.lost_s), processes.joined(command.processes):
     return run_stages(experiment, make_task, directory, command)
@@ -83,6 +83,10 @@ def _parse(default, description, args, sizes):
   if command.sized_for:
     raise ConfigError(f'--sized-for {command.sized_for}, but for {experiment.preset} this experiment has settings for: '
                       f'{", ".join(sized) or "nothing"}. Choose one of those, or set the mesh by its flags.')
+  if default.pretrained and experiment.pretrained == default.pretrained and experiment.preset != default.preset \
+     and not command.plan:
+    raise ConfigError(f'--preset {experiment.preset}, but the weights are those of {experiment.pretrained}. Pass those of '
+                      'that model, --pretrained MODEL; or --pretrained None, to start from fresh ones.')
   return experiment, command
 
 
@@ -222,10 +226,9 @@ def _reward_config(experiment, model_config):
   return preset(experiment.reward_preset, vocab_size=model_config.vocab_size, **_runtime(experiment))
 
 
-def show_plan(experiment, topology, as_json=False):
-  """Prints what the experiment's programs cost on a topology, and what would help; returns whether all of them fit."""
-  prepare_process()
-  devices = chips.devices(topology)
+def show_plan(experiment, command):
+  """Prints what the programs of a Command cost on its topology, and what would help; returns whether all of them fit."""
+  devices = chips.devices(command.plan)
   say = lambda text: print(text, file=sys.stderr, flush=True)
   prepare_it = lambda experiment: prepare_shapes(experiment, devices)
   run, suggestion = prepare_it(experiment), None
@@ -233,10 +236,10 @@ def show_plan(experiment, topology, as_json=False):
     say(f'{experiment.pretrained} is not looked at: the plan takes the sizes of the preset {experiment.preset}')
   if run.runner.mesh.size < len(devices):
     say(f'--mesh.runner {experiment.mesh.runner} uses {run.runner.mesh.size} of the {len(devices)} devices')
-  made = planner.plan(run, topology, say=say)
+  made = planner.plan(run, command.plan, command.stages, say=say)
   if made.too_large:
-    suggestion = remedies.suggest(experiment, made, prepare_it, configs.override, len(devices), say)
-  if as_json:
+    suggestion = remedies.suggest(experiment, made, prepare_it, configs.override, len(devices), command.stages, say)
+  if command.json:
     print(json.dumps(planner.to_json(made, suggestion), indent=2))
   else:
     print(planner.markdown(made))

@@ -1,9 +1,9 @@
 """What a program costs, read off it before it runs: floating-point operations, bytes moved, and what chips send each other.
 
 Products are counted in the traced program (`flops`): two operations for each multiplication and addition of every
-`dot_general`, for the whole batch on all chips, loops included; nothing else is counted. An attention kernel counts what
-its grid does, less what causality spares. What a backward pass computes a second time is counted apart, except inside such
-a kernel, whose backward pass makes two of its seven products again.
+`dot_general`, for the whole batch on all chips, loops included; nothing else is counted. An attention kernel counts the
+blocks that it computes, with the half of those on the diagonal that is masked. What a backward pass computes a second time
+is counted apart, also inside such a kernel, which keeps no scores.
 
 Bytes are read off the compiled program (`traffic`), which is that of one chip. Every instruction reads its operands and
 writes its result once; a slice counts as itself, not as what it is cut from, and what the compiler keeps on the chip
@@ -48,6 +48,9 @@ def _operations(equation, trips):
   inside = [flops(jaxpr, trips) for jaxpr in jaxprs_in_params(params)]
   if not inside:
     return 0.0, 0.0
+  if name == 'pallas_call':
+    every = _runs(equation) * inside[0][0]
+    return every, _again(equation) * every
   return max(inside) if name == 'cond' else _times(_runs(equation), tuple(map(sum, zip(*inside))))
 
 
@@ -69,10 +72,32 @@ def _times(times, counted):
 
 
 def _causal_share(kernel):
-  """Of the products of an attention kernel's grid, those that are made where T queries stand at the end of S keys."""
-  floats = [x.aval.shape for x in kernel.invars if jnp.issubdtype(x.aval.dtype, jnp.floating) and len(x.aval.shape) > 2]
-  (T, S), _ = zip(*(shape[-2:] for shape in floats[:2]))                         # queries, keys
-  return 1 - T / (2 * S)
+  """Of the cells of an attention kernel's grid, blocks of queries times blocks of keys, those of which something is seen.
+
+  T queries stand at the end of S keys. Where they see a window only, the grid has as many cells to a block of queries as
+  that can span, fewer than all.
+  """
+  queries, keys = [x.aval.shape for x in kernel.invars
+                   if jnp.issubdtype(x.aval.dtype, jnp.floating) and len(x.aval.shape) > 2][:2]
+  T, S = queries[-2], keys[-2]
+  mapping = kernel.params['grid_mapping']
+  block_T, block_S = (block.block_shape[-2].block_size for block in mapping.block_mappings[:2])
+  cells, rows = math.prod(mapping.grid) / math.prod(queries[:-2]), T // block_T
+  return sum(min(-(-(S - T + row * block_T) // block_S), cells / rows) for row in range(1, rows + 1)) / cells
+
+
+def _again(kernel):
+  """Of the products of an attention kernel, the share that another has made before: forward, or for other gradients.
+
+  Forward there are two, scores and output. Backward there are as many for gradients, of queries, keys, values and weights,
+  before which the scores are made again: five in one kernel, or four for keys and values and three for queries.
+  """
+  return {3: 2 / 3, 4: 1 / 4, 5: 1 / 5}.get(_products(kernel.params['jaxpr']), 0.0)
+
+
+def _products(jaxpr):
+  return sum((equation.primitive.name == 'dot_general') + sum(map(_products, jaxprs_in_params(equation.params)))
+             for equation in jaxpr.eqns)
 
 
 # ---- the compiled program
@@ -153,9 +178,20 @@ def _width(dtype):
 def traffic(text, trips=()):
   """The Traffic of a compiled program, from its HLO text."""
   computations, entry = read(text)
+  return _walked(computations, entry, 1.0, tuple(trips))
+
+
+def _walked(*what):
   found = Traffic()
-  _walk(computations, entry, 1.0, tuple(trips), found)
+  _walk(*what, found)
   return found
+
+
+def _add(found, more):
+  found.hbm += more.hbm
+  for kind in more.sent:
+    found.sent[kind] += more.sent[kind]
+    found.count[kind] += more.count[kind]
 
 
 def _walk(computations, name, times, trips, found):
@@ -167,12 +203,12 @@ def _walk(computations, name, times, trips, found):
       more, inner = (known, trips) if known else (trips[0], trips[1:]) if trips else (1, ())
       _walk(computations, each.called('body')[0], times * more, inner, found)
     elif each.op == 'conditional':
-      for branch in each.called('branch_computations') or each.called('true_computation') + each.called('false_computation'):
-        _walk(computations, branch, times, trips, found)
+      branches = each.called('branch_computations') or each.called('true_computation') + each.called('false_computation')
+      _add(found, max((_walked(computations, branch, times, trips) for branch in branches), key=lambda branch: branch.hbm))
     elif each.op == 'call' or each.op == 'async-start':
       for callee in each.called('to_apply') or each.called('calls'):
         _walk(computations, callee, times, trips, found)
-    elif each.op not in _FREE and not each.op.endswith(('-start', '-update')):
+    elif each.op not in _FREE and not each.op.endswith(('-start', '-update')) and each.op != 'async-done':
       found.hbm += times * _hbm(each, own, computations)
     for kind, inside, types in _collectives(each, own, computations):
       channel = re.search(r'channel_id=(\d+)', inside.rest)                     # one that overlaps is in several fusions

@@ -252,7 +252,8 @@ def _around(x, axis, ring, clock):
 
 def loop_trips(prompts, new_tokens, slots=None, parts=1):
   """How often the loops of `generate` run, the outer before the inner, where every answer runs to its limit."""
+  decoded = new_tokens - 1                                                      # the first comes with the prefill
   if slots is None or slots >= prompts:
-    return (new_tokens / len(ring_growth(new_tokens)),)
+    return (decoded / len(ring_growth(new_tokens)),)
   fills = prompts / parts / -(-slots // parts // _REFILLS)
-  return fills, new_tokens * prompts / slots / fills
+  return fills, decoded * prompts / slots / fills

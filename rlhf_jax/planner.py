@@ -40,6 +40,7 @@ from rlhf_jax.stages import ppo, reward, sft
 from rlhf_jax.stages.descent import compile_step
 from rlhf_jax.step import init_state
 
+STAGES = sft.NAME, reward.NAME, ppo.NAME
 TOKENIZER = types.SimpleNamespace(eos_token_id=0, pad_token_id=0)  # stands for any: shapes do not depend on the ids
 
 
@@ -57,11 +58,14 @@ class Program:
   cache: float = 0.0  # bytes of keys and values on a chip, among the temporaries
 
 
-def programs(run):
-  """The programs of a run, one after another: each is traced when it is asked for."""
-  yield _descent(run, 'SFT step', sft, run.experiment.sft, run.policy, _demonstrations(run))
-  yield _descent(run, 'reward step', reward, run.experiment.reward, run.reward, _comparisons(run))
-  yield from _iteration(run)
+def programs(run, stages=STAGES):
+  """The programs of a run's stages, one after another: each is traced when it is asked for."""
+  if sft.NAME in stages:
+    yield _descent(run, 'SFT step', sft, run.experiment.sft, run.policy, _demonstrations(run))
+  if reward.NAME in stages:
+    yield _descent(run, 'reward step', reward, run.experiment.reward, run.reward, _comparisons(run))
+  if ppo.NAME in stages:
+    yield from _iteration(run)
 
 
 def _key():
@@ -251,11 +255,11 @@ class Plan:
     return (cost.flops - cost.repeated_flops) / math.prod(self.mesh.values()) / self.chip.flops / max(seconds.values())
 
 
-def plan(run, topology, only=None, say=lambda text: None):
-  """The Plan of a run on its runner's devices; `only` names the programs to compile, `say` hears of each."""
+def plan(run, topology, stages=STAGES, only=None, say=lambda text: None):
+  """The Plan of a run's stages on its runner's devices; `only` names the programs to compile, `say` hears of each."""
   chip, costs = chip_of(topology), []
   capacity = chip.hbm if chip else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / run.runner.mesh.size
-  for program in programs(run):
+  for program in programs(run, stages):
     if only is None or program.name in only:
       say(f'{program.name}: compiling for {topology}')
       costs.append(cost(program, topology))

@@ -1,7 +1,7 @@
 """What to change where a program does not fit: settings that make it smaller, each tried by compiling."""
 
 from rlhf_jax.errors import RlhfJaxError
-from rlhf_jax.planner import plan
+from rlhf_jax.planner import STAGES, plan
 
 
 def remedies(experiment, cost, mesh, devices):
@@ -32,7 +32,7 @@ def remedies(experiment, cost, mesh, devices):
     yield changes | {'mesh.data': 1, 'mesh.fsdp': fsdp * 2, 'mesh.tensor': tensor // 2}
 
 
-def suggest(experiment, made, prepare, override, devices, say=lambda text: None):
+def suggest(experiment, made, prepare, override, devices, stages=STAGES, say=lambda text: None):
   """Settings under which all programs of a Plan fit, compiled to be sure; None where none of the remedies helps.
 
   `prepare(experiment)` gives the Run, `override(experiment, settings)` the changed experiment.
@@ -42,7 +42,7 @@ def suggest(experiment, made, prepare, override, devices, say=lambda text: None)
     for settings in remedies(experiment, cost, made.mesh, devices):
       say(f'{cost.name} does not fit; with {flags(settings)}?')
       try:
-        tried = plan(prepare(override(experiment, found | settings)), made.topology, [cost.name], say)
+        tried = plan(prepare(override(experiment, found | settings)), made.topology, [cost.stage], [cost.name], say)
       except RlhfJaxError as error:                                              # what this mesh divides, another may not
         say(str(error))
         continue
@@ -52,7 +52,7 @@ def suggest(experiment, made, prepare, override, devices, say=lambda text: None)
     else:
       return None
   if any(name.startswith('mesh') for name in found) and \
-     plan(prepare(override(experiment, found)), made.topology, say=say).too_large:
+     plan(prepare(override(experiment, found)), made.topology, stages, say=say).too_large:
     return None
   return found
 

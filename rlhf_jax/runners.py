@@ -121,12 +121,17 @@ class Runner:
 
     def placed(method, *args):
       args = tuple(self.place(tree, kind) for tree, kind in zip(args, inputs, strict=True))
-      with jax.set_mesh(self.mesh) if self.constrains else contextlib.nullcontext():
+      with self._laid_out() if self.constrains else contextlib.nullcontext():
         return method(*args)
 
     run = functools.partial(placed, jitted)
     run.trace, run.lower = functools.partial(placed, jitted.trace), functools.partial(placed, jitted.lower)
     return run
+
+  @contextlib.contextmanager
+  def _laid_out(self):
+    with jax.set_mesh(self.mesh), partition.using(self.rules):
+      yield
 
   def _pin(self, tree, kind):
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.shardings(tree, kind))
@@ -148,7 +153,6 @@ class Runner:
         return jax.tree.map(join, result) if outputs == 'batch' else result
       return tuple(jax.tree.map(join, tree) if kind == 'batch' else tree for tree, kind in zip(result, outputs))
     return whole
-
 
   def _mapped_by_all_processes(self, fn, inputs, outputs):
     """The same, said as what pmap is made of: pmap itself takes a process's own part, not arrays of full shape."""

@@ -1,5 +1,6 @@
 """The command line: a run directory, its stages, what is left there for others to load, and what is said of a mistake."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -225,6 +226,7 @@ def test_sequences_longer_than_the_context(tmp_path):
   (('--stages', 'ppo'), 'CheckpointError: the stage sft is not finished'),
   (('--preset', 'nanoo'), "ConfigError: there is no model preset 'nanoo'. Choose one of: nano"),
   (('--mesh.runner', 'pmap', '--ppo.slots', '12'), 'ConfigError: --ppo.slots is 12, which does not divide over the 8 parts'),
+  (('--mesh.cpu-devices', '3'), 'ConfigError: 3 CPU devices are asked for, but this process has 8'),
   (('--attention', 'splash'), '--attention splash is for a TPU, but the devices here are CPUs. Use --attention xla'),
   (('--attention', 'cudnn', '--dtype', 'bfloat16'), 'ConfigError: --attention cudnn is for a GPU, but'),
   (('--attention', 'cudnn'), "ConfigError: model attention='cudnn' with dtype='float32'"),
@@ -248,6 +250,13 @@ def test_flags_are_checked_before_anything_is_written(tmp_path, capsys, flags, m
     main(tmp_path / 'run', *flags)
   assert exit_.value.code == 2 and match in capsys.readouterr().err
   assert not (tmp_path / 'run').exists()
+
+
+def test_weights_of_another_model_than_the_preset(tmp_path, capsys):
+  default = dataclasses.replace(experiment(), pretrained='someone/pico')
+  with pytest.raises(SystemExit):
+    cli.main(default, task, 'A test.', args=['--preset', 'smaller', '--run-dir', str(tmp_path / 'run')])
+  assert '--preset smaller, but the weights are those of someone/pico' in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line_and_status_2(tmp_path, capsys):

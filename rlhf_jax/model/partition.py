@@ -4,6 +4,8 @@ It serves parameters, optimizer state (Optax keeps the names), batches and activ
 do not cover raises, so a misspelt one is never replicated by accident. Meshes are made in `runners.py`.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
 
@@ -22,6 +24,17 @@ RULES = {
 }
 # Where an axis does not divide: a vocabulary of 50257 has no divisors that a mesh could use.
 _SECOND_CHOICE = {'embedding_VD': (None, ('tensor', 'fsdp'))}
+_rules = contextvars.ContextVar('rules', default=RULES)  # those of the runner whose function is being traced
+
+
+@contextlib.contextmanager
+def using(rules):
+  """Inside, activations and gathered parameters are laid out by these rules."""
+  token = _rules.set(rules)
+  try:
+    yield
+  finally:
+    _rules.reset(token)
 
 
 def _name(path):
@@ -60,6 +73,15 @@ def _divides(shape, spec, axis_sizes):
   return all(size % _parts(axes, axis_sizes) == 0 for size, axes in zip(shape, spec, strict=True))
 
 
+def _stored(name, shape, axis_sizes, rules):
+  """The PartitionSpec by which a parameter is kept: the first choice, or the second where only that divides."""
+  found = spec(name, shape, rules)
+  second = _SECOND_CHOICE.get(name) if name in rules else None
+  if second and not _divides(shape, found, axis_sizes) and _divides(shape, second, axis_sizes):
+    return PartitionSpec(*second)
+  return found
+
+
 def batch_parts():
   """Into how many parts the current mesh cuts a batch; 1 without a data x fsdp x tensor mesh."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -75,10 +97,7 @@ def _checked(path, leaf, axis_sizes, rules):
   name = _name(path)
   if not leaf.shape and name not in rules:
     return PartitionSpec()                                               # a number has nothing to shard
-  found = spec(name, leaf.shape, rules)
-  second = _SECOND_CHOICE.get(name) if name in rules else None
-  if second and not _divides(leaf.shape, found, axis_sizes) and _divides(leaf.shape, second, axis_sizes):
-    return PartitionSpec(*second)
+  found = _stored(name, leaf.shape, axis_sizes, rules)
   for letter, size, axes in zip(axes_of(name), leaf.shape, found, strict=False):
     for_axis = (axes,) if isinstance(axes, str) else axes or ()
     parts = _parts(axes, axis_sizes)
@@ -107,16 +126,20 @@ def constrain(x, letters, **cut):
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*((cut | {'B': RULES['B']}).get(letter) for letter in letters)))
 
 
-def _pin(x, name, without=()):
-  """x laid out on the current mesh by its name, whole along the axes `without` and where the mesh does not divide it."""
+def _pin(x, name, whole=False):
+  """x laid out on the current mesh as a parameter of its name is kept; or, `whole` along fsdp, as it is used.
+
+  Where the mesh does not divide it, it is whole.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if not x.shape or not set(RULES['B']) <= set(mesh.axis_names):
     return x
 
   def kept(axes, size):
-    axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in without)
+    axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if not (whole and axis == 'fsdp'))
     return axes if size % _parts(axes, dict(mesh.shape)) == 0 else None
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(kept, spec(name, x.shape), x.shape)))
+  found = spec(name, x.shape, _rules.get()) if whole else _stored(name, x.shape, dict(mesh.shape), _rules.get())
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(kept, found, x.shape)))
 
 
 def gathered(weight, name):
@@ -134,12 +157,12 @@ def _gathered(weight, name):
   Said here, because what a compiler does of itself with a weight that is cut along a contracted axis is to send it around
   piece by piece, and to add to all of the product for each.
   """
-  return _pin(weight, name, without=('fsdp',))
+  return _pin(weight, name, whole=True)
 
 
 # The gradient first whole, then cut: each chip sums over its own sequences, and the sums of all are scattered.
-_gathered.defvjp(lambda weight, name: (_pin(weight, name, without=('fsdp',)), None),
-                lambda name, _, gradient: (_pin(_pin(gradient, name, without=('fsdp',)), name),))
+_gathered.defvjp(lambda weight, name: (_pin(weight, name, whole=True), None),
+                 lambda name, _, gradient: (_pin(_pin(gradient, name, whole=True), name),))
 
 
 def for_lookup(table, name, count):
@@ -160,12 +183,13 @@ def by_device(fn, inputs, output):
   mesh = jax.sharding.get_abstract_mesh()
   if not set(RULES['B']) <= set(mesh.axis_names):
     return fn
-  cut = lambda letters: PartitionSpec(*(RULES[letter] for letter in letters))
+  rules = _rules.get()
+  cut = lambda letters: PartitionSpec(*(rules[letter] for letter in letters))
   mapped = jax.shard_map(fn, in_specs=tuple(map(cut, inputs)), out_specs=cut(output), check_vma=False)
 
   def checked(*arrays):
     for letter, size in ((letter, size) for letters, x in zip(inputs, arrays) for letter, size in zip(letters, x.shape)):
-      parts = _parts(RULES[letter], dict(mesh.shape))
+      parts = _parts(rules[letter], dict(mesh.shape))
       if size % parts:
         raise ShardingError(f'an attention kernel on {letter}={size}, which {parts} parts of the mesh do not divide. Use '
                             'another mesh, or --attention xla.')

@@ -4,9 +4,10 @@ import functools
 
 import jax
 
+from rlhf_jax import processes
 from rlhf_jax.data import batches, encode
 from rlhf_jax.data.text import pad_token, response_text
-from rlhf_jax.errors import DataError
+from rlhf_jax.errors import DataError, PreemptedError
 from rlhf_jax.generate import generate
 from rlhf_jax.maths.sampling import Sampling
 
@@ -32,11 +33,13 @@ def rollouts(run, answer, params, rows, key, batch_size, lengths=1):
   """Rollouts of an answer to each encoded prompt, each with the numbers of its prompts; the last is filled up.
 
   Prompts of about one length go together, padded to one of so many `lengths`. A prompt's number is its sample number, so
-  the order changes no answer.
+  the order changes no answer. Between batches it stops where the run is asked to: all before the answers is saved by then.
   """
   order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
   buckets = batches.bucket_lengths(run.experiment.data.limits.prompt_tokens, lengths)
   for start in range(0, len(order), batch_size):
+    if processes.stop_asked():
+      raise PreemptedError('the answers that were being written will be written again')
     chosen = order[start:start + batch_size]
     filled = chosen + [chosen[-1]] * (batch_size - len(chosen))
     mine = batches.share(filled, run.runner.part)

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as Spec
@@ -50,3 +51,20 @@ def test_rules_can_be_changed_but_not_misspelt():
   assert runner.shardings({'q_DNH': _shape(8, 6, 5)}, 'params')['q_DNH'].spec == Spec('fsdp', None, None)
   with pytest.raises(ConfigError, match=r"partition rules for \['Q'\]"):
     sharded(data=8, rules={'Q': 'tensor'})
+
+
+@pytest.mark.parametrize('name, shape, rules, used, kept', [
+  ('up_DF', (8, 12), None, Spec(None, 'tensor'), Spec('fsdp', 'tensor')),
+  ('up_DF', (8, 12), {'D': None, 'F': ('tensor', 'fsdp')}, Spec(None, 'tensor'), Spec(None, ('tensor', 'fsdp'))),
+  ('embedding_VD', (12, 8), None, Spec('tensor', None), Spec(('tensor', 'fsdp'), None)),
+  ('embedding_VD', (9, 8), None, Spec(None, None), Spec(None, ('tensor', 'fsdp'))),
+])
+def test_a_parameter_is_gathered_and_its_gradient_laid_out_as_it_is_kept(name, shape, rules, used, kept):
+  runner = sharded(data=2, fsdp=2, tensor=2, rules=rules)
+  weight = {name: jax.ShapeDtypeStruct(shape, np.float32)}
+  assert runner.shardings(weight, 'params')[name].spec == kept
+  learn = runner.compile(jax.grad(lambda tree: (partition.gathered(tree[name], name) ** 2).sum()), inputs=('params',),
+                         outputs='same')
+  pins = [equation.params['sharding'].spec for equation in learn.trace(weight).jaxpr.jaxpr.eqns
+          if equation.primitive.name == 'sharding_constraint']
+  assert pins == [used, used, kept, Spec()]                                     # forward, the gradient twice, the result

@@ -1,10 +1,15 @@
 """Answers to many prompts are those that each gets alone, in the order of the prompts."""
 
+import os
+import signal
+
 import jax
 import pytest
 from small import prepare, prompt
 
+from rlhf_jax import processes
 from rlhf_jax.data import batches, encode
+from rlhf_jax.errors import PreemptedError
 from rlhf_jax.stages.answers import compile_answer, compile_ask, texts
 from rlhf_jax.stages.sft import restore
 
@@ -24,3 +29,11 @@ def test_each_prompt_gets_what_it_gets_alone(finished, lengths):
            for i, row in enumerate(rows)]
   assert len(set(alone)) > 4
   assert compile_ask(run)(params, examples, 5, samples=2) == [alone[i:i + 2] for i in range(0, len(alone), 2)]
+
+
+def test_a_run_that_is_asked_to_stop_answers_no_more(finished):
+  run = prepare(finished)
+  with processes.joined(processes.ProcessesConfig()):
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(PreemptedError, match='answers that were being written'):
+      compile_ask(run)(restore(run), [prompt('tea')], 5)
