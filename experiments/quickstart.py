@@ -10,7 +10,7 @@ of which many are sarcastic, redundant, wrong or harmful, then from the rankings
 import dataclasses
 
 from rlhf_jax import cli
-from rlhf_jax.config import DataConfig, Experiment, PPOConfig, RewardConfig, SFTConfig
+from rlhf_jax.config import DataConfig, Experiment, MeshConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_jax.data import simulated
 from rlhf_jax.data.encode import Limits
 from rlhf_jax.data.examples import Example, Turn
@@ -36,8 +36,9 @@ class Quickstart(Experiment):
 
 EXPERIMENT = Quickstart(
   preset='micro',
+  mesh=MeshConfig(runner='pmap', cpu_devices=2),
   data=DataConfig(limits=Limits(prompt_tokens=18, response_tokens=28)),
-  sft=SFTConfig(steps=1300, batch_size=34, packed=True, evaluate_every=650, checkpoint_every=260,
+  sft=SFTConfig(steps=1380, batch_size=32, packed=True, evaluate_every=690, checkpoint_every=276,
                 optimizer=OptimizerConfig(learning_rate=3e-3, schedule='cosine', warmup_steps=20)),
   reward=RewardConfig(steps=550, batch_size=32, evaluate_every=275, checkpoint_every=100,
                       optimizer=OptimizerConfig(learning_rate=7e-4, schedule='cosine', warmup_steps=20)),

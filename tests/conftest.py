@@ -5,7 +5,9 @@ NPROC sizes XLA's thread pool: with the default on a small machine, eight fake d
 
 import os
 
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Most of the tests' time is compiling, most of that LLVM's; test_kill compiles as users do.
+_FLAGS = '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0', '--xla_llvm_disable_expensive_passes=true'
+os.environ['XLA_FLAGS'] = ' '.join((os.environ.get('XLA_FLAGS', ''), *_FLAGS))
 os.environ.setdefault('NPROC', '32')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
