@@ -6,7 +6,8 @@ NPROC sizes XLA's thread pool: with the default on a small machine, eight fake d
 import os
 
 # Most of the tests' time is compiling, most of that LLVM's; test_kill compiles as users do.
-_FLAGS = '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0', '--xla_llvm_disable_expensive_passes=true'
+_FLAGS = ('--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
+          '--xla_llvm_disable_expensive_passes=true')
 os.environ['XLA_FLAGS'] = ' '.join((os.environ.get('XLA_FLAGS', ''), *_FLAGS))
 os.environ.setdefault('NPROC', '32')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')

@@ -14,6 +14,7 @@ from rlhf_jax import cli, config
 from rlhf_jax.metrics import read_metrics
 
 SETTINGS = {
+  'mesh.runner': 'single', 'mesh.cpu_devices': None,
   'preset': 'nano', 'tensorboard': False, 'data.limits.prompt_tokens': 24, 'world.demonstrations': 2000,
   'world.ranked_prompts': 600,
   'sft.steps': 150, 'sft.batch_size': 32, 'sft.evaluate_every': 1000,

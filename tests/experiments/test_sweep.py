@@ -13,7 +13,7 @@ SMALL = ('sft.steps=2', 'sft.optimizer.warmup_steps=0', 'reward.steps=2', 'rewar
          'sft.batch_size=8', 'reward.batch_size=8', 'ppo.iterations=1', 'ppo.batch_size=8',
          'ppo.epochs=1', 'world.demonstrations=32', 'world.ranked_prompts=16', 'world.answers_per_prompt=2',
          'data.limits.prompt_tokens=48', 'data.limits.response_tokens=6', 'data.limits.too_long=truncate',
-         'tensorboard=False')
+         'tensorboard=False', 'mesh.runner=single', 'mesh.cpu_devices=None')
 
 
 def flags(*args, **fields):
