@@ -104,6 +104,7 @@ elif todo == 'preempted':
     queue.write_text('SUSPENDED')
   else:
     (home.parent / 'state').write_text('PREEMPTED')
+  os.kill(os.getpid(), signal.SIGKILL)                           # with its machine: it never ends by itself
 else:
   sys.exit(int(todo))
 '''
