@@ -30,6 +30,7 @@ import tyro
 from rlhf_jax import cli, config, processes, report
 from rlhf_jax.errors import ConfigError, RlhfJaxError
 from rlhf_jax.processes import ProcessesConfig
+from rlhf_jax.startup import prepare_process
 
 _LONGEST_NAME = 180  # of a directory, in characters; most file systems take 255
 _KL = 'PPO.KL, nats per answer'
@@ -66,16 +67,18 @@ def main(args=None):
   """The command line; exits with 1 if a run failed, else as `cli.clear_exits` says."""
   with cli.clear_exits():
     sweep = tyro.cli(Sweep, description=__doc__, args=args)
+    module = load_experiment(sweep.name)
+    points = make_points(sweep, module.EXPERIMENT)
+    if sweep.processes.coordinator is not None:                                 # to meet the others, JAX begins
+      prepare_process(points[0].experiment.mesh.cpu_devices)
   with cli.clear_exits(_directory(sweep), sweep.processes.lost_s), processes.joined(sweep.processes):
-    failed = run(sweep)
+    failed = run(sweep, module, points)
   if failed:
     processes.leave(1)
 
 
-def run(sweep):
-  """Does what the flags say; returns {directory name: message} of the runs that failed."""
-  module = load_experiment(sweep.name)
-  points = make_points(sweep, module.EXPERIMENT)
+def run(sweep, module, points):
+  """Does what the flags say with the points of an experiment; returns {directory name: message} of the runs that failed."""
   if sweep.count:
     print(len(points))
     return {}

@@ -24,12 +24,14 @@ def prepare_process(cpu_devices=None):
 
 
 def divide_cpu(count):
-  """Makes so many devices of the CPU, which share its cores; ConfigError where JAX has begun with another number."""
+  """Makes so many devices of the CPU, which share its cores.
+
+  ConfigError where JAX has begun with another number, and the CPU is what computes.
+  """
   try:
     jax.config.update('jax_num_cpu_devices', count)
   except RuntimeError:                                                          # it has begun, and keeps what it has
-    found = jax.local_device_count('cpu')
-    if found != count:
+    if jax.default_backend() == 'cpu' and (found := jax.local_device_count()) != count:
       raise ConfigError(f'{count} CPU devices are asked for, but this process has {found}, made when it began. Set '
                         f'XLA_FLAGS=--xla_force_host_platform_device_count={count}.') from None
 
