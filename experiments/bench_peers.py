@@ -244,9 +244,9 @@ class Transformers:
 # ---- side by side
 
 class Ours:
-  """The workloads of `bench`, each round going on from the state of the last."""
+  """The workloads of `bench`, each round going on from the state of the last; the first says what cannot be measured."""
   def __init__(self, config, batch, mesh):
-    self.setting = bench.Setting(make_runner(mesh), LanguageModel(config), ScalarModel(config), batch)
+    self.config, self.batch, self.mesh = config, batch, mesh
     self.workloads, self.states = {}, {}
 
   def __getattr__(self, name):
@@ -254,7 +254,9 @@ class Ours:
       raise AttributeError(name)
     def one_round():
       if name not in self.workloads:
-        self.workloads[name] = bench.WORKLOADS[name](self.setting)
+        setting = bench.Setting(make_runner(self.mesh), LanguageModel(self.config), ScalarModel(self.config), self.batch)
+        bench.check(bench.Bench(mesh=self.mesh, batch=self.batch, only=(name,)), setting)
+        self.workloads[name] = bench.WORKLOADS[name](setting)
         self.states[name] = self.workloads[name].state
       programs = self.workloads[name].programs
       call = lambda program, *args: jax.block_until_ready(programs[program].call(*args))

@@ -70,7 +70,7 @@ def main(args=None):
     module = load_experiment(sweep.name)
     points = make_points(sweep, module.EXPERIMENT)
     if sweep.processes.coordinator is not None:                                 # to meet the others, JAX begins
-      prepare_process(points[0].experiment.mesh.cpu_devices)
+      prepare_process(_chosen(points, sweep.index)[0].experiment.mesh.cpu_devices)
   with cli.clear_exits(_directory(sweep), sweep.processes.lost_s), processes.joined(sweep.processes):
     failed = run(sweep, module, points)
   if failed:

@@ -29,7 +29,7 @@ _rules = contextvars.ContextVar('rules', default=RULES)  # those of the runner w
 
 @contextlib.contextmanager
 def using(rules):
-  """Inside, activations and gathered parameters are laid out by these rules."""
+  """Inside, `gathered` parameters and their gradients are laid out by these rules."""
   token = _rules.set(rules)
   try:
     yield
@@ -129,7 +129,7 @@ def constrain(x, letters, **cut):
 def _pin(x, name, whole=False):
   """x laid out on the current mesh as a parameter of its name is kept; or, `whole` along fsdp, as it is used.
 
-  Where the mesh does not divide it, it is whole.
+  Where the mesh does not divide it, it is whole; in use also what is kept by its second choice.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if not x.shape or not set(RULES['B']) <= set(mesh.axis_names):
@@ -177,19 +177,18 @@ def for_lookup(table, name, count):
 def by_device(fn, inputs, output):
   """fn of arrays with the letters `inputs`, where each device of a data x fsdp x tensor mesh computes its own part alone.
 
-  For attention kernels, which XLA cannot cut. fn itself without such a mesh; raises ShardingError for an axis that the
-  mesh does not divide.
+  For attention kernels, which XLA cannot cut. Always by `RULES`, whatever a runner changes: query heads and key/value heads
+  must be cut alike. fn itself without such a mesh; raises ShardingError for an axis that the mesh does not divide.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if not set(RULES['B']) <= set(mesh.axis_names):
     return fn
-  rules = _rules.get()
-  cut = lambda letters: PartitionSpec(*(rules[letter] for letter in letters))
+  cut = lambda letters: PartitionSpec(*(RULES[letter] for letter in letters))
   mapped = jax.shard_map(fn, in_specs=tuple(map(cut, inputs)), out_specs=cut(output), check_vma=False)
 
   def checked(*arrays):
     for letter, size in ((letter, size) for letters, x in zip(inputs, arrays) for letter, size in zip(letters, x.shape)):
-      parts = _parts(rules[letter], dict(mesh.shape))
+      parts = _parts(RULES[letter], dict(mesh.shape))
       if size % parts:
         raise ShardingError(f'an attention kernel on {letter}={size}, which {parts} parts of the mesh do not divide. Use '
                             'another mesh, or --attention xla.')

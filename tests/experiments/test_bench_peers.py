@@ -1,5 +1,7 @@
 """That the peers do the work that is claimed, with the same model; how fast is not tested."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,13 @@ import torch
 
 from experiments import bench, bench_peers
 from rlhf_jax.config import MeshConfig
+from rlhf_jax.errors import ConfigError
 from rlhf_jax.model import forward
 from rlhf_jax.model.config import preset
 from rlhf_jax.model.heads import LanguageModel, initial_params
 
 CONFIG = preset('nano')
+TWO_CORES = bench_peers.BenchPeers().mesh
 BATCH = bench.BatchConfig(sft_rows=4, reward_pairs=2, tokens=9, generate_prompts=3, ppo_prompts=4, prompt_tokens=5,
                           new_tokens=6, epochs=2, minibatches=2)
 
@@ -64,9 +68,15 @@ def test_the_cache_by_hand_continues_what_the_whole_model_says():
 
 def test_all_sides_do_all_rounds(monkeypatch):
   monkeypatch.setenv('TORCH_COMPILE_DISABLE', '1')                              # in the processes of the sides
-  found = bench_peers.compare(CONFIG, BATCH, MeshConfig(), ('generate',), 1)
+  found = bench_peers.compare(CONFIG, dataclasses.replace(BATCH, generate_prompts=4), TWO_CORES, ('generate',), 1)
   assert {name: set(seconds) for name, seconds in found.items()} == {'generate': {'rlhf_jax', 'PyTorch', 'transformers'}}
   assert all(seconds > 0 for times in found.values() for seconds in times.values())
+
+
+def test_prompts_that_do_not_divide_over_the_devices_are_named():
+  side = bench_peers.Ours(CONFIG, BATCH, MeshConfig(runner='pmap'))
+  with pytest.raises(ConfigError, match=r'--batch\.generate-prompts is 3, which does not divide over 8 parts of the mesh'):
+    side.generate()
 
 
 def test_a_ppo_round_moves_policy_and_value_and_nothing_else():
