@@ -78,9 +78,9 @@ def _parse(default, description, args, sizes):
                       'devices: pass one of the two.')
   sized, devices = sizes.get(experiment.preset, {}), command.plan or command.sized_for
   if devices in sized:
-    return configs.parse(configs.override(default, sized[devices] | {'preset': experiment.preset}), Command(), description,
-                         args)
-  if command.sized_for:
+    experiment, command = configs.parse(configs.override(default, sized[devices] | {'preset': experiment.preset}), Command(),
+                                        description, args)
+  elif command.sized_for:
     raise ConfigError(f'--sized-for {command.sized_for}, but for {experiment.preset} this experiment has settings for: '
                       f'{", ".join(sized) or "nothing"}. Choose one of those, or set the mesh by its flags.')
   if default.pretrained and experiment.pretrained == default.pretrained and experiment.preset != default.preset \

@@ -254,9 +254,12 @@ def test_flags_are_checked_before_anything_is_written(tmp_path, capsys, flags, m
 
 def test_weights_of_another_model_than_the_preset(tmp_path, capsys):
   default = dataclasses.replace(experiment(), pretrained='someone/pico')
-  with pytest.raises(SystemExit):
-    cli.main(default, task, 'A test.', args=['--preset', 'smaller', '--run-dir', str(tmp_path / 'run')])
-  assert '--preset smaller, but the weights are those of someone/pico' in capsys.readouterr().err
+  for more in ([], ['--sized-for', 'v5e:2x2']):
+    with pytest.raises(SystemExit) as exit_:
+      cli.main(default, task, 'A test.', args=['--preset', 'smaller', '--run-dir', str(tmp_path / 'run'), *more],
+               sizes={'smaller': {'v5e:2x2': {'mesh.fsdp': 4}}})
+    assert exit_.value.code == 2 and not (tmp_path / 'run').exists()
+    assert '--preset smaller, but the weights are those of someone/pico' in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line_and_status_2(tmp_path, capsys):

@@ -124,10 +124,11 @@ def test_the_tpu_kernel_in_its_interpreter_is_attention(window, start):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-def test_the_tpu_kernel_does_its_part_on_every_device_of_a_mesh():
+@pytest.mark.parametrize('rules', [None, {'K': None}, {'N': None}])
+def test_the_tpu_kernel_does_its_part_on_every_device_of_a_mesh(rules):
   given, causal = arrays(), Causal(jnp.array(SEGMENT_BT))
   given, causal = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), (given, causal))  # four rows
-  runner = runners.sharded(data=2, fsdp=2, tensor=2)
+  runner = runners.sharded(data=2, fsdp=2, tensor=2, rules=rules)
   run = runner.compile(lambda q, k, v, sees: {'out_BTNH': attend(q['q_BTNH'], k['k_BKSH'], v['v_BKSH'], sees, 'splash')},
                        inputs=('batch',) * 4, outputs='batch')
   got = run({'q_BTNH': given[0]}, {'k_BKSH': given[1]}, {'v_BKSH': given[2]}, causal)['out_BTNH']
