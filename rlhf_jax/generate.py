@@ -26,8 +26,8 @@ from rlhf_jax.model.partition import batch_parts, constrain
 from rlhf_jax.records import Prompts, Rollout
 
 # The cache grows in so many steps to the length limit, of about this many tokens at least: less is read while answers are
-# short, more is compiled.
-_RINGS, _RING_TOKENS = 4, 16
+# short, more is compiled, and at each step both caches are there. So it must spare this share of what is read at least.
+_RINGS, _RING_TOKENS, _LEAST_SPARED = 4, 16, 0.1
 _REFILLS = 4  # a refill waits until one slot in so many is free: fewer prefills, against slots that idle
 
 
@@ -145,7 +145,8 @@ class _Queue:
 
   def _rings(self):
     """Sizes of the cache, one after another, where no slot is ever filled again: what is not written is not read."""
-    return [self.prompts.tokens_BP.shape[1] + length for length in ring_growth(self.sampling.new_tokens)]
+    P = self.prompts.tokens_BP.shape[1]
+    return [P + length for length in ring_growth(P, self.sampling.new_tokens)]
 
   def _grown(self, state, ring):
     """The same state with a longer ring, of which the new places are empty."""
@@ -175,17 +176,18 @@ class _Queue:
     row, prompt, taken = self._each_part(self._choose, state.alive_Q, state.taken)
     ask = lambda x: self._each_part(lambda x, prompt: x.at[prompt].get(mode='clip'), x, prompt)
     tokens = ask(self.prompts.tokens_BP)
-    used, P = prompt < self._prompts_a_part, tokens.shape[1]
+    used, P, ring = prompt < self._prompts_a_part, tokens.shape[1], state.seen_QS.shape[1]
     valid = ask(self.prompts.valid_BP) & used[:, None]
-    hidden, cache = self.run(tokens, positions(valid), causal(self.config, valid), empty_cache(self.config, len(row), P), 0,
-                             wanted=P - 1)
+    slots = empty_cache(self.config, len(row), ring if self._all_at_once else P)  # all at once: laid where they will stay
+    hidden, cache = self.run(tokens, positions(valid), causal(self.config, valid), slots, 0, wanted=P - 1)
     token, answers, alive = self._draw(hidden[:, 0], state.answers, prompt, jnp.zeros_like(row), used)
     new = {'prompt_Q': prompt, 'token_Q': token, 'slot_Q': jnp.zeros_like(row),
            'position_Q': valid.sum(1, dtype=jnp.int32), 'alive_Q': alive}
-    ring = state.seen_QS.shape[1]
-    new |= {'seen_QS': _around(valid, 1, ring, state.clock),
-            'cache': jax.tree.map(lambda x: _around(x, 2, ring, state.clock), cache)}
-    if not self._all_at_once:
+    if self._all_at_once:
+      new |= {'seen_QS': jnp.pad(valid, [(0, 0), (0, ring - P)]), 'cache': cache}
+    else:
+      new |= {'seen_QS': _around(valid, 1, ring, state.clock),
+              'cache': jax.tree.map(lambda x: _around(x, 2, ring, state.clock), cache)}
       put = lambda old, new: self._each_part(lambda old, row, new: old.at[row].set(new, mode='drop'), old, row, new)
       new = {name: jax.tree.map(put, getattr(state, name), value) for name, value in new.items()}
     return state.replace(taken=taken, answers=answers, **new)
@@ -238,9 +240,11 @@ class _Queue:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(fn)(*cut))
 
 
-def ring_growth(new_tokens):
+def ring_growth(prompt_tokens, new_tokens):
   """After how many tokens of a response the cache ends, one size after another."""
   count = min(_RINGS, -(-new_tokens // _RING_TOKENS))
+  spared = (count - 1) / (2 * count) * new_tokens / (prompt_tokens + new_tokens)
+  count = count if spared >= _LEAST_SPARED else 1
   return [-(-new_tokens * i // count) for i in range(1, count + 1)]
 
 
@@ -250,10 +254,10 @@ def _around(x, axis, ring, clock):
   return jnp.roll(jnp.pad(x, widths), clock - x.shape[axis], axis)
 
 
-def loop_trips(prompts, new_tokens, slots=None, parts=1):
+def loop_trips(prompts, prompt_tokens, new_tokens, slots=None, parts=1):
   """How often the loops of `generate` run, the outer before the inner, where every answer runs to its limit."""
   decoded = new_tokens - 1                                                      # the first comes with the prefill
   if slots is None or slots >= prompts:
-    return (decoded / len(ring_growth(new_tokens)),)
+    return (decoded / len(ring_growth(prompt_tokens, new_tokens)),)
   fills = prompts / parts / -(-slots // parts // _REFILLS)
   return fills, decoded * prompts / slots / fills

@@ -18,6 +18,7 @@ import time
 
 import jax
 import orbax.checkpoint as ocp
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from rlhf_jax.errors import ConfigError, ProcessError
@@ -64,6 +65,7 @@ def joined(config):
     earlier = signal.signal(signal.SIGTERM, _note_stop)                         # with several, JAX's preemption service does
   try:
     yield
+    _tell(_others, _GOODBYE)
   finally:
     if config.coordinator is None and threading.current_thread() is threading.main_thread():
       signal.signal(signal.SIGTERM, earlier)
@@ -71,33 +73,49 @@ def joined(config):
 
 
 def _meet_all(config):
-  where = {}
-  if config.coordinator != 'auto':
-    where = {'coordinator_address': config.coordinator, 'num_processes': config.count, 'process_id': config.index}
-    _roll_call(config)
+  address, count, index, devices = config.coordinator, config.count, config.index, None
+  if address == 'auto':
+    address, count, index, devices = _detected(config.join_s)
+  _roll_call(address, count, index, config.join_s)
+  jax.distributed.initialize(address, count, index, devices, initialization_timeout=config.join_s,
+                             heartbeat_timeout_seconds=config.lost_s)
+
+
+def _detected(join_s):
+  """(address of process 0, count, index, devices of this process or None) as the TPU pod or SLURM says.
+
+  JAX detects them in `jax.distributed.initialize`, but keeps them to itself.
+  """
   try:
-    jax.distributed.initialize(**where, initialization_timeout=config.join_s, heartbeat_timeout_seconds=config.lost_s)
-  except ValueError as error:
-    raise ConfigError(f'--processes.coordinator auto, but nothing here says how many processes there are ({error}). On a '
-                      'TPU pod or under SLURM it is found; elsewhere pass HOST:PORT, --processes.count and '
-                      '--processes.index.') from error
+    found = ClusterEnv.auto_detect_unset_distributed_params(os.environ.get('JAX_COORDINATOR_ADDRESS'), None, None, None,
+                                                            None, join_s)
+  except RuntimeError as error:
+    raise ProcessError(f'--processes.coordinator auto: {error} within {join_s} s. Look whether that host runs.') from error
+  if None in found[:3]:
+    raise ConfigError('--processes.coordinator auto, but nothing here says how many processes there are. On a TPU pod or '
+                      'under SLURM it is found; elsewhere pass HOST:PORT, --processes.count and --processes.index.')
+  return found
 
 
-def _roll_call(config):
+def _roll_call(address, count, index, join_s):
   """Returns when every process has said its index to process 0, at the address where JAX's own service listens next.
 
-  JAX would end the process with an abort that does not say who is missing.
+  JAX would end the process with an abort that does not say who is missing. The connections stay: by theirs the others see
+  when process 0 is gone, of which JAX says only that it is the leader.
   """
-  host, _, port = config.coordinator.rpartition(':')
-  deadline = time.monotonic() + config.join_s
-  found = (_call(int(port), config.count, deadline) if config.index == 0 else
-           _answer((host, int(port)), config.index, deadline))
+  host, _, port = address.rpartition(':')
+  deadline = time.monotonic() + join_s
+  found = _call(int(port), count, deadline) if index == 0 else _answer((host, int(port)), index, deadline)
   if found is None:
-    raise ProcessError(f'process 0 does not answer at {config.coordinator} after {config.join_s} s. Start it there, with '
-                       '--processes.index 0 and the same other flags, or mend the address.')
+    raise ProcessError(f'process 0 does not answer at {address} after {join_s} s. Start it there, with the same flags but '
+                       'for --processes.index 0, or mend the address.')
   if found:
-    raise ProcessError(f'process {" and ".join(map(str, found))} of {config.count} did not join within {config.join_s} s. '
+    raise ProcessError(f'process {" and ".join(map(str, found))} of {count} did not join within {join_s} s. '
                        'Look at its own output, and start all of them together; --processes.join-s waits longer.')
+
+
+_others = []  # of process 0: a connection to each of the others, open as long as it lives
+_GOODBYE = b'.'
 
 
 def _call(port, count, deadline):
@@ -112,22 +130,43 @@ def _call(port, count, deadline):
         connection.settimeout(5)
         came[int(connection.makefile().readline())] = connection
     missing = sorted(set(range(1, count)) - set(came))
-    for connection in came.values():
-      with contextlib.suppress(OSError):
-        connection.sendall(json.dumps(missing).encode() + b'\n')
-        connection.recv(1)                                                      # until it closes: then the port is free
+    _tell(came.values(), json.dumps(missing).encode() + b'\n')
+    if not missing:
+      stack.pop_all()
+      _others[:] = came.values()
   return missing
+
+
+def _tell(connections, what):
+  for connection in connections:
+    with contextlib.suppress(OSError):
+      connection.sendall(what)
 
 
 def _answer(address, index, deadline):
   """The other side: the indices that are missing, or None where process 0 is."""
   while (left := deadline - time.monotonic()) > 0:
-    with contextlib.suppress(OSError, ValueError), socket.create_connection(address, timeout=left) as connection:
+    with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as stack:
+      connection = stack.enter_context(socket.create_connection(address, timeout=left))
       connection.sendall(f'{index}\n'.encode())
       connection.settimeout(left + 5)                                           # process 0 may have begun later
-      return json.loads(connection.makefile().readline())
+      missing = json.loads(connection.makefile().readline())
+      if not missing:
+        stack.pop_all()
+        threading.Thread(target=_watch, args=(connection, index), daemon=True).start()
+      return missing
     time.sleep(0.2)
   return None
+
+
+def _watch(connection, index):
+  """Says so where process 0 is gone without a goodbye; JAX ends this process at about the same time."""
+  connection.settimeout(None)
+  with contextlib.suppress(OSError):
+    if connection.recv(1) == _GOODBYE:
+      return
+  os.write(2, f'process {index}: process 0 is gone, and the others end with it. Look at its own output, and start all of '
+              'them again.\n'.encode())
 
 
 def are_several():
@@ -170,6 +209,7 @@ def leave(status, wait_s=5):
     sys.exit(status)
   try:
     ocp.multihost.get_barrier_sync_fn()(key='leave', timeout_ms=wait_s * 1000)
+    _tell(_others, _GOODBYE)
   except jax.errors.JaxRuntimeError:
     pass                                                                        # the others are busy, or gone
   finally:

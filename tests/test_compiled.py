@@ -110,12 +110,12 @@ def operations(window=None, gradient=False):
 
 @pytest.mark.parametrize('window', [None, 300])
 def test_operations_of_a_kernel(window):
-  """It computes blocks of 128 x 128 as a whole, of which some pair is seen."""
+  """It computes blocks of 512 x 512 as a whole, of which some pair is seen."""
   slot = np.arange(1024)
   age = slot[:, None] - slot
   seen = (age >= 0) & (age < (window or 1024))
-  blocks = seen.reshape(8, 128, 8, 128).any((1, 3)).sum()
+  blocks = seen.reshape(2, 512, 2, 512).any((1, 3)).sum()
   every, repeated = operations(window)
-  assert (every, repeated) == (2 * 4 * 4 * 64 * 128 * 128 * blocks, 0)
+  assert (every, repeated) == (2 * 4 * 4 * 64 * 512 * 512 * blocks, 0)
   with_gradient, again = operations(window, gradient=True)                      # 2 products, then 7, of them 3 again
   assert with_gradient == pytest.approx(4.5 * every, rel=1e-3) and again == pytest.approx(1.5 * every, rel=1e-3)

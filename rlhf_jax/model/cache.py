@@ -13,7 +13,7 @@ def empty_cache(config, B, S):
   return tuple((jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.layers))
 
 
-def write(layer_cache, k_BTKH, v_BTKH, slot):
+def write(layer_cache, k_BKTH, v_BKTH, slot):
   """The cache of one layer with keys and values written to the T slots from `slot` on, the same for all rows."""
-  one = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new.swapaxes(1, 2), slot, axis=2)
-  return one(layer_cache[0], k_BTKH), one(layer_cache[1], v_BTKH)
+  one = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=2)
+  return one(layer_cache[0], k_BKTH), one(layer_cache[1], v_BKTH)

@@ -13,7 +13,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from rlhf_jax.model.partition import by_device
 
-_LANES = 128  # splash works in blocks of so many tokens
+_LANES = 128  # splash works in blocks of a multiple of so many tokens
+_LONGEST_BLOCK = 512  # MaxText's default for all of its blocks; that of JAX, 128, is there to be replaced
 
 
 def cudnn_attention(q_BTNH, k_BKSH, v_BKSH, causal):
@@ -46,13 +47,21 @@ def _splash(window, start, q_BNTH, k_BKSH, v_BKSH, query_segment_BT, key_segment
     mask = splash.CausalMask((T, S), offset=start)
   else:
     mask = splash.LocalMask((T, S), (window - 1, 0), offset=start)
-  segments = splash.SegmentIds(query_segment_BT, key_segment_BS)
+  segments, block_T, block_S = splash.SegmentIds(query_segment_BT, key_segment_BS), _block(T), _block(S)
+  sizes = splash.BlockSizes(block_q=block_T, block_kv=block_S, block_q_dkv=block_T, block_kv_dkv=block_S,
+                            block_q_dq=block_T, block_kv_dq=block_S)
 
   def attention(interpret, *args):
-    kernel = splash.make_splash_mha(splash.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1, interpret=interpret)
+    kernel = splash.make_splash_mha(splash.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+                                    interpret=interpret)
     return jax.vmap(kernel)(*args)
   return jax.lax.platform_dependent(q_BNTH, k_BKSH, v_BKSH, segments, tpu=functools.partial(attention, False),
                                     default=functools.partial(attention, True))
+
+
+def _block(length):
+  """Tokens of the longest block that divides a multiple of _LANES."""
+  return next(block for block in range(_LONGEST_BLOCK, 0, -_LANES) if length % block == 0)
 
 
 def _longer(x, more, axis):

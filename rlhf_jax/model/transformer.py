@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.axes import axes_of
-from rlhf_jax.model.attention import Causal, attend, frequencies, layer_norm, project, rms_norm, rotate
+from rlhf_jax.model.attention import Causal, Seen, attend, frequencies, layer_norm, project, rms_norm, rotate
 from rlhf_jax.model.cache import write
 from rlhf_jax.model.config import ModelConfig
 from rlhf_jax.model.partition import constrain, cuts_parameters, for_lookup, gathered
@@ -97,10 +97,10 @@ class Block(nn.Module):
     if c.position == 'rope':
       radians = frequencies(c)
       q_BTNH, k_BTKH = rotate(q_BTNH, _chosen(position_BT, wanted), radians), rotate(k_BTKH, position_BT, radians)
-    if cache is None:
-      k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    else:
-      cache = k_BKSH, v_BKSH = write(cache, k_BTKH, v_BTKH, slot)
+    k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    if cache is not None:
+      cache = write(cache, k_BKSH, v_BKSH, slot)
+      k_BKSH, v_BKSH = cache if isinstance(sees, Seen) else (k_BKSH, v_BKSH)
     out_BTD = project(attend(q_BTNH, k_BKSH, v_BKSH, _of_chosen(sees, wanted), c.attention), weight('o_NHD'),
                       contracted=2)
     return (out_BTD + weight('o_bias_D') if c.output_bias else out_BTD), cache
@@ -119,7 +119,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
   """Token ids to the normalised stream after the last block, [B, T, D] in the compute dtype, and the cache.
 
-  `sees` is a Causal, or a Seen whose keys are the slots of the cache. `wanted` says of which tokens the stream is wanted:
+  `sees` is a Causal, of these tokens alone, or a Seen whose keys are the slots of the cache. `wanted` says of which tokens the stream is wanted:
   None for all, a number for the slots from there on, an array slot_B for one a row. The last block computes no others,
   unless blocks are scanned. `blocks` among the parameters may also be what `split_layers` makes of it, which spares a
   decode loop the splitting at every token.

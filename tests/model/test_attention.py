@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from rlhf_jax import runners
 from rlhf_jax.errors import ConfigError, ShardingError
-from rlhf_jax.model import forward
+from rlhf_jax.model import forward, kernels
 from rlhf_jax.model.attention import Causal, Seen, attend
 from rlhf_jax.model.heads import LanguageModel, initial_params
 
@@ -110,9 +110,11 @@ def test_wanted_tokens_are_those_of_the_whole(family, changes):
 
 # ---- kernels of accelerators
 
-@pytest.mark.parametrize('window, start', [(None, 0), (150, 0), (None, 170), (150, 170)])
-def test_the_tpu_kernel_in_its_interpreter_is_attention(window, start):
-  """300 tokens fill neither two blocks nor three; queries begin in the middle of one."""
+@pytest.mark.parametrize('window, start, longest', [(None, 0, 128), (150, 0, 128), (None, 170, 128), (150, 170, 128),
+                                                    (None, 0, 512), (150, 170, 512)])
+def test_the_tpu_kernel_in_its_interpreter_is_attention(window, start, longest, monkeypatch):
+  """300 tokens fill neither two blocks of 128 nor three; queries begin in the middle of one."""
+  monkeypatch.setattr(kernels, '_LONGEST_BLOCK', longest)
   given, causal = arrays(), Causal(jnp.array(SEGMENT_BT), window, start)
   weight_BTNH = jnp.array(RNG.normal(size=(B, T - start, N, H)), jnp.float32)
 
