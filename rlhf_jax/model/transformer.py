@@ -119,10 +119,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
   """Token ids to the normalised stream after the last block, [B, T, D] in the compute dtype, and the cache.
 
-  `sees` is a Causal, of these tokens alone, or a Seen whose keys are the slots of the cache. `wanted` says of which tokens the stream is wanted:
-  None for all, a number for the slots from there on, an array slot_B for one a row. The last block computes no others,
-  unless blocks are scanned. `blocks` among the parameters may also be what `split_layers` makes of it, which spares a
-  decode loop the splitting at every token.
+  `sees` is a Causal, of these tokens alone, or a Seen whose keys are the slots of the cache. `wanted` says of which tokens
+  the stream is wanted: None for all, a number for the slots from there on, an array slot_B for one a row. The last block
+  computes no others, unless blocks are scanned. `blocks` among the parameters may also be what `split_layers` makes of it,
+  which spares a decode loop the splitting at every token.
   """
   config: ModelConfig
 
@@ -208,6 +208,8 @@ def _unrolled(config, blocks, x_BTD, position_BT, sees, cache, slot, wanted):
   for i, layer in enumerate(split_layers(blocks, config.layers)):
     apply = last if i == config.layers - 1 else every
     x_BTD, layer_cache = apply(layer, x_BTD, position_BT, sees, None if cache is None else cache[i], slot)
+    if cache is not None and isinstance(sees, Causal):                          # laid in its place before the next is made
+      x_BTD, layer_cache = jax.lax.optimization_barrier((x_BTD, layer_cache))
     written.append(layer_cache)
   return x_BTD, None if cache is None else tuple(written)
 

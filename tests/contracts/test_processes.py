@@ -41,12 +41,12 @@ def free_port():
     return door.getsockname()[1]
 
 
-def python(program, *args, devices=1):
-  """A process that runs a program on so many devices."""
+def python(program, *args, devices=1, **more):
+  """A process that runs a program on so many devices, with `more` in its environment."""
   # What is tested is not how well programs are compiled, of which each process does its own.
   flags = f'--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}'
   environment = os.environ | {'XLA_FLAGS': flags, 'NPROC': '16',
-                              'PYTHONPATH': os.pathsep.join((str(ROOT), str(ROOT / 'tests')))}
+                              'PYTHONPATH': os.pathsep.join((str(ROOT), str(ROOT / 'tests')))} | more
   return subprocess.Popen([sys.executable, '-c', program, *args], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True)
 
@@ -111,7 +111,7 @@ def test_two_processes_stop_together_and_go_on_exactly_and_four_go_on_too(tmp_pa
   runs_to_the_end(alone, 1, '--mesh.fsdp', '2', '--no-export')
   (_, first), (_, second) = runs_to_the_end(two, 2, '--mesh.fsdp', '2')
   assert 'sft: ' in first and 'results.json' in first
-  assert 'sft' not in second                                                    # the first speaks for all
+  assert 'sft' not in second and 'is gone' not in second                        # the first speaks for all
   assert_same_losses(alone, two)
   assert all((two / stage / 'export' / 'model.safetensors').exists() for stage in ('sft', 'reward', 'ppo'))
 
@@ -120,7 +120,7 @@ def test_two_processes_stop_together_and_go_on_exactly_and_four_go_on_too(tmp_pa
   group[1].send_signal(signal.SIGTERM)
   found = ends(group)
   assert [status for status, _ in found] == [75, 75], found
-  assert 'Stopped as asked: sft step ' in found[0][1] and 'is saved' in found[0][1]
+  assert 'Stopped as asked: sft step ' in found[0][1] and 'is saved' in found[0][1] and 'is gone' not in found[1][1]
   assert not (stopped / 'reward').exists()
 
   four = tmp_path / 'four'
@@ -142,6 +142,32 @@ def test_a_killed_process_ends_the_other_which_names_it(tmp_path):
   assert status not in (0, 75)
   assert time.monotonic() - began < 40                                          # lost_s is 10, and it writes a long farewell
   assert 'tasks are unhealthy (stopped sending heartbeats):\n1\n' in said
+
+
+def slurm(index, count, port):
+  """What SLURM tells a process, all of which are on this machine."""
+  return {'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': '127.0.0.1', 'SLURM_NTASKS': str(count), 'SLURM_PROCID': str(index),
+          'SLURM_LOCALID': '0', 'JAX_COORDINATOR_PORT': str(port)}
+
+
+DIES = '''
+import os, signal
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from rlhf_jax import processes
+with processes.joined(processes.ProcessesConfig("auto")):
+  for step in range(100000):
+    multihost_utils.process_allgather(np.ones(1))
+    if step == 5 and jax.process_index() == 0:
+      os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+def test_processes_find_each_other_and_where_the_first_dies_the_other_names_it():
+  port = free_port()
+  _, (status, said) = ends([python(DIES, **slurm(index, 2, port)) for index in range(2)], timeout=60)
+  assert status not in (0, 75) and 'process 1: process 0 is gone' in said, said
 
 
 # One process that joined, as on a slice of one host: JAX hears the signal, and Orbax saves by other numbers in between.
@@ -215,6 +241,14 @@ def test_who_does_not_join_is_named_to_all_who_did():
   message = 'process 1 and 3 of 4 did not join within 2 s. Look at its own output'
   raised = calls(came)
   assert raised.keys() == {0, 2} and all(text.startswith(message) for text in raised.values()), raised
+
+
+def test_who_does_not_join_is_named_where_the_cluster_says_how_many_there_are(monkeypatch):
+  for name, value in slurm(0, 3, free_port()).items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(ProcessError, match='process 1 and 2 of 3 did not join within 1 s'), \
+       joined(ProcessesConfig('auto', join_s=1)):
+    pass
 
 
 def test_a_first_process_that_is_not_there_is_named_with_its_address():
