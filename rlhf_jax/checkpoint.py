@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from rlhf_jax import processes
 from rlhf_jax.errors import CheckpointError, ConfigError
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
@@ -87,8 +88,8 @@ class Checkpoints:
     """(state, meta) of the newest step, or the one given, bit for bit, onto the shardings of `abstract`.
 
     `abstract` is a tree of `jax.Array` or `jax.ShapeDtypeStruct`. If the newest step is damaged it warns and takes the
-    one before, where there is one process alone; the damaged one is removed at the next save. Raises CheckpointError
-    where no step is left, or where names, shapes or dtypes are of another model, which no older step would mend.
+    one before; the damaged one is removed at the next save. All processes take the same. Raises CheckpointError where no
+    step is left, or where names, shapes or dtypes are of another model, which no older step would mend.
     """
     self.wait()
     if step is not None:
@@ -99,8 +100,6 @@ class Checkpoints:
       try:
         found = _read(self.directory, candidate, abstract)
       except _DamagedError as error:
-        if jax.process_count() > 1:                                        # the others may have read theirs, and go on
-          raise
         warnings.warn(f'{error} Trying the step before it.', stacklevel=2)
         damaged.append(candidate)
       else:
@@ -173,7 +172,7 @@ def _read_record(directory, step):
   if step not in _steps(directory):
     raise CheckpointError(f'{directory} has no complete step {step}. It has {_steps(directory)}. Ask for one of these.')
   try:
-    record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(where / 'record')
+    record = ocp.JsonCheckpointHandler().restore(where / 'record')
     intact = record['checksum'] == _checksum(record)
   except (OSError, ValueError, KeyError) as error:
     raise _DamagedError(f'Checkpoint {where} is damaged: its record cannot be read ({error}).') from error
@@ -183,24 +182,38 @@ def _read_record(directory, step):
 
 
 def _read(directory, step, abstract, part=False):
-  """(tree, meta) of a step, held against its record before reading (is it this model?) and after (is it intact?)."""
+  """(tree, meta) of a step, held against its record before reading (is it this model?) and after (is it intact?).
+
+  What one of several processes cannot read is damaged for all of them.
+  """
+  where, found, error = _absolute(directory) / str(step), None, None
+  try:
+    found = _read_mine(directory, step, abstract, part)
+  except _DamagedError as damaged:
+    error = damaged
+  if not processes.all_agree(error is None):
+    raise error or _DamagedError(f'Checkpoint {where} is damaged: another process cannot read it.')
+  tree, record = found
+  for name, value in _digests(_leaves(tree)).items():
+    if int(value) != record['leaves'][name]['digest']:
+      raise _DamagedError(f'Checkpoint {where} is damaged: {name} has other bits than were saved.')
+  return tree, record['meta']
+
+
+def _read_mine(directory, step, abstract, part):
+  """(tree, record) of a step: what this process is to hold of it. Waits for no other process, as a Checkpointer would."""
   where, record = _absolute(directory) / str(step), _read_record(directory, step)
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), abstract)
   _check_same_model(where, record['leaves'], _leaves(abstract), part)
   how = ocp.checkpoint_utils.construct_restore_args(abstract)
   try:
-    tree = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
-      where / 'state', args=ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=part))
+    return ocp.PyTreeCheckpointHandler().restore(
+      where / 'state', args=ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=part)), record
   except Exception as error:
     # Names, shapes and shardings were right, so it is the file. Orbax has a bare Exception for a truncated one.
     if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError)):
       raise
     raise _DamagedError(f'Checkpoint {where} is damaged: it cannot be read ({_short(error)}).') from error
-  found = _digests(_leaves(tree))
-  for name, value in found.items():
-    if int(value) != record['leaves'][name]['digest']:
-      raise _DamagedError(f'Checkpoint {where} is damaged: {name} has other bits than were saved.')
-  return tree, record['meta']
 
 
 def _check_same_model(where, saved, wanted, part):

@@ -17,6 +17,7 @@ import threading
 import time
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
@@ -188,6 +189,11 @@ def meet(name):
   except jax.errors.JaxRuntimeError as error:
     raise ProcessError(f'not all processes came to {name!r} ({str(error).splitlines()[0]}). Look at the output of the one '
                        'that did not, and start all of them again.') from error
+
+
+def all_agree(yes):
+  """Whether all processes say yes. All call it."""
+  return bool(multihost_utils.process_allgather(np.array(yes)).all()) if are_several() else yes
 
 
 def once(name, do):

@@ -195,6 +195,46 @@ def test_a_save_between_two_questions_hides_no_signal():
   assert status == 0 and 'stopped at' in said, said
 
 
+# Two processes save two steps, the newer of which is damaged before both restore.
+RESTORES = '''
+import os, pathlib, sys, warnings
+import jax
+import jax.numpy as jnp
+from rlhf_jax import processes, runners
+from rlhf_jax.checkpoint import Checkpoints
+address, index, directory, damaged = sys.argv[1:]
+with processes.joined(processes.ProcessesConfig(address, count=2, index=int(index))):
+  runner = runners.sharded(fsdp=2)
+  make = lambda step: {"up_DF": jnp.arange(2.0 ** 16).reshape(256, 256) * step}
+  with Checkpoints(directory) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, runner.initialise(lambda: make(step)), {"step": step})
+  if index == "0":
+    os.truncate(max(pathlib.Path(directory, "2").glob(damaged), key=os.path.getsize), 100)
+  processes.meet("damaged")
+  with Checkpoints(directory) as checkpoints, warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    state, meta = checkpoints.restore(runner.abstract(make, 1))
+    os.write(2, "\\n".join(str(each.message) for each in warned if "step before" in str(each.message)).encode())
+    assert meta == {"step": 1} and (runner.fetch(state)["up_DF"] == make(1)["up_DF"]).all()
+    checkpoints.save(2, runner.initialise(lambda: make(2)), {"step": 4})
+  with Checkpoints(directory) as checkpoints:
+    assert checkpoints.restore(runner.abstract(make, 1))[1] == {"step": 4}
+'''
+
+
+@pytest.mark.parametrize('damaged, says, other_says', [
+  ('state/ocdbt.process_1/d/*', 'another process cannot read it', 'it cannot be read'),
+  ('record/metadata', 'its record cannot be read', 'its record cannot be read'),
+])
+def test_what_one_process_cannot_read_none_takes(damaged, says, other_says, tmp_path):
+  address = f'127.0.0.1:{free_port()}'
+  found = ends([python(RESTORES, address, str(index), str(tmp_path), damaged) for index in range(2)], timeout=60)
+  assert [status for status, _ in found] == [0, 0], found
+  for (_, said), expected in zip(found, (says, other_says)):
+    assert f'2 is damaged: {expected}' in said and 'Trying the step before it.' in said
+
+
 FAILS = '''
 import sys
 import numpy as np
