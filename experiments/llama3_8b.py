@@ -1,7 +1,8 @@
 """Llama 3 8B as an assistant, on TPUs: SFT, reward model and PPO on the HH data of Anthropic, or any chat set.
 
-An 8B policy with an 8B value function and an 8B reference, and a 1B reward model from scratch. For the settings of each
-topology in `SIZES`, `--plan` says that every program compiles and fits: see the table in README.md.
+An 8B policy with an 8B value function and an 8B reference, and a 1B reward model from scratch; with --preset llama3.1-70b
+70B of each, and an 8B reward model. For the settings of each topology in `SIZES`, `--plan` says that every program compiles
+and fits: see the table in README.md.
 
     python -m experiments.llama3_8b --plan v5p:4x4x4                        what it would cost, on a machine without TPUs
     python -m experiments.llama3_8b --sized-for v5p:4x4x4                   on those 64 chips
@@ -40,10 +41,19 @@ EXPERIMENT = Experiment(
                 optimizer=_adamw(1e-6, 'constant', epsilon=1e-5)),
 )
 
-SIZES = {'llama3-8b': {
-  'v5p:4x4x4': {'mesh.fsdp': 16, 'mesh.tensor': 4},
-  'v5e:8x8': {'mesh.fsdp': 16, 'mesh.tensor': 4},
-}}
+SIZES = {
+  'llama3-8b': {
+    'v4:4x4x4': {'mesh.fsdp': 16, 'mesh.tensor': 4},
+    'v5p:4x4x4': {'mesh.fsdp': 16, 'mesh.tensor': 4},
+    'v5e:8x8': {'mesh.fsdp': 16, 'mesh.tensor': 4},
+    'v6e:4x8': {'mesh.fsdp': 8, 'mesh.tensor': 4},
+    'tpu7x:2x2x4': {'mesh.fsdp': 8, 'mesh.tensor': 4},
+  },
+  'llama3.1-70b': {
+    'v5p:4x4x8': {'pretrained': 'meta-llama/Llama-3.1-70B', 'reward_preset': 'llama3.1-8b', 'mesh.fsdp': 16,
+                  'mesh.tensor': 8},
+  },
+}
 
 if __name__ == '__main__':
   cli.main(EXPERIMENT, make_task, __doc__, sizes=SIZES)

@@ -323,8 +323,13 @@ def _export(run, name):
   model = run.reward if name == 'reward' else run.policy
   target = run.stage(name) / 'export'
   unfinished = target.with_suffix('.unfinished')
+
+  def fetch(leaf):
+    if processes.stop_asked():
+      raise PreemptedError(f'{name} is finished, its export will be written again')
+    return run.runner.fetch(leaf)
   huggingface.save(unfinished, model.config, params, kind=kind, end_token=run.tokenizer.eos_token_id,
-                   pad_token=pad_token(run.tokenizer), fetch=run.runner.fetch)
+                   pad_token=pad_token(run.tokenizer), fetch=fetch)
 
   def finish():
     save_tokenizer(run.tokenizer, unfinished)

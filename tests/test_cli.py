@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,8 @@ import torch
 import transformers
 from small import copy, experiment, prepare, presets, task  # noqa: F401  presets: a fixture
 
-from rlhf_jax import cli
-from rlhf_jax.errors import CheckpointError, ConfigError, DataError
+from rlhf_jax import cli, processes
+from rlhf_jax.errors import CheckpointError, ConfigError, DataError, PreemptedError
 from rlhf_jax.model import forward, huggingface
 from rlhf_jax.stages import ppo, reward, sft
 
@@ -82,6 +84,19 @@ def test_stages_run_in_their_order(whole, tmp_path, capsys):
 
 
 # ---- exports
+
+def test_a_signal_during_an_export_ends_it_and_it_is_made_up_for(whole, tmp_path):
+  directory, _ = whole
+  copy(directory, tmp_path)
+  shutil.rmtree(tmp_path / 'sft' / 'export')
+  with processes.joined(processes.ProcessesConfig()):
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(PreemptedError, match='sft is finished, its export will be written again'):
+      run(tmp_path, export=True, stages=('sft',))
+  assert not (tmp_path / 'sft' / 'export').exists()
+  run(tmp_path, export=True, stages=('sft',))
+  assert (tmp_path / 'sft' / 'export' / 'model.safetensors').exists()
+
 
 def small_run(directory):
   """The Run of a finished run directory."""

@@ -44,12 +44,16 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
     if start is None:
       state, start = runner.initialise(lambda params: init_state(params, optimizer), make_params()), 0
       log.truncate_after(-1)
-      measured = evaluate(state.params)
-      log.write(0, _prefixed(measured), wall_s=0.0)
+      measured = None
     else:
       state, meta = checkpoints.restore(runner.abstract(lambda: init_state(initial_params(model, key), optimizer)))
       start, measured = int(state.step), meta['evaluation']
       log.truncate_after(start)
+    if measured is None:                                                        # not done yet, or stopped in the middle
+      measured = evaluate(state.params)
+      if measured is None:
+        raise PreemptedError(f'{name} step {start} is saved' if start else f'{name} has not begun')
+      log.write(start, _prefixed(measured), wall_s=0.0)
     with Progress(name, total=config.steps, start=start) as progress:
       watch = _Watch(run, name, unit, log, progress)
       _say(progress, name, start, measured)
@@ -58,16 +62,18 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
         done = number + 1
         watch.see(done, metrics, batch)
         stops = processes.stop_asked()
-        last, evaluates = done == config.steps, done % config.evaluate_every == 0
-        saves = stops or done % config.checkpoint_every == 0
-        if last or evaluates or saves:
+        last, evaluates, saves = done == config.steps, done % config.evaluate_every == 0, done % config.checkpoint_every == 0
+        if last or evaluates or saves or stops:
           watch.settle()
         if last or evaluates:
-          measured = evaluate(state.params)
-          check_finite(runner, run.stage(name), done, _prefixed(measured), batch)
-          log.write(done, _prefixed(measured), wall_s=watch.seconds)
-          _say(progress, name, done, measured)
-        if saves and not last:
+          measured = evaluate(state.params, to_the_end=last)
+          if measured is None:
+            stops = True
+          else:
+            check_finite(runner, run.stage(name), done, _prefixed(measured), batch)
+            log.write(done, _prefixed(measured), wall_s=watch.seconds)
+            _say(progress, name, done, measured)
+        if (saves or stops) and not last:
           checkpoints.save(done, state, {'finished': False, 'evaluation': measured})
           if stops:
             raise PreemptedError(f'{name} step {done} is saved')
@@ -81,12 +87,15 @@ def save_final(run, name, state, measured, **more):
 
 
 def _evaluation(runner, loss_fn, held_out):
+  """evaluate(parameters): {metric: mean} over the batches, or None where the run is asked to stop in the middle."""
   measure = runner.compile(make_eval_step(loss_fn, axis_name=runner.axis_name),
                            inputs=('params', 'batch', 'same'), outputs='same')
 
-  def evaluate(params):
+  def evaluate(params, to_the_end=False):
     sums = None
     for batch in held_out:
+      if not to_the_end and processes.stop_asked():
+        return None
       metrics = runner.fetch(measure(params, batch, jax.random.key(0)))
       sums = metrics if sums is None else {name: sums[name] + metrics[name] for name in sums}
     return values(sums or {})

@@ -1,14 +1,18 @@
 """The loop of SFT and reward model: what it writes, when it stops, and what it says of what it leaves out."""
 
 import dataclasses
+import itertools
+import os
+import signal
 
 import jax
 import numpy as np
 import pytest
-from small import copy, prepare, prompt, timeless
+from small import assert_same_bits, copy, prepare, prompt, timeless
 
+from rlhf_jax import processes
 from rlhf_jax.checkpoint import Checkpoints, read_meta
-from rlhf_jax.errors import CheckpointError, DataError, DivergedError
+from rlhf_jax.errors import CheckpointError, DataError, DivergedError, PreemptedError
 from rlhf_jax.model.heads import initial_params
 from rlhf_jax.records import Prompts
 from rlhf_jax.runners import single
@@ -102,3 +106,32 @@ def test_an_unfinished_stage_is_not_what_the_next_starts_from(tmp_path):
     checkpoints.save(2, {'a': np.zeros(1)}, {'finished': False})
   with pytest.raises(CheckpointError, match=r'the stage sft is not finished'):
     sft.restore(run)
+
+
+def test_a_signal_in_an_evaluation_stops_it_and_it_is_made_up_for(tmp_path, monkeypatch):
+  """Of 2 batches each, before the first update, after every second, and after the sixth, the last."""
+  settings, in_order = {'sft__batch_size': 4}, sft.batches.in_order
+
+  class Batches(list):
+    def __iter__(self):
+      for batch in list.__iter__(self):
+        if next(count) == at:
+          os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+
+  monkeypatch.setattr(sft.batches, 'in_order', lambda *args, **more: Batches(in_order(*args, **more)))
+  count, at = itertools.count(), None
+  whole = prepare(tmp_path / 'whole', settings=settings)
+  sft.train(whole)
+  assert next(count) == 8
+  for at, said in ((1, 'sft has not begun'), (2, 'sft step 2 is saved'), (5, 'sft step 4 is saved')):
+    count, run = itertools.count(), prepare(tmp_path / str(at), settings=settings)
+    with processes.joined(processes.ProcessesConfig()), pytest.raises(PreemptedError, match=said):
+      sft.train(run)
+    sft.train(run)
+    assert timeless(run.stage('sft')) == timeless(whole.stage('sft'))
+    assert_same_bits(sft.restore(run), sft.restore(whole))
+  count, at, run = itertools.count(), 6, prepare(tmp_path / 'last', settings=settings)
+  with processes.joined(processes.ProcessesConfig()):
+    sft.train(run)                                                               # ends with the stage, a moment later
+    assert processes.stop_asked() and run.finished('sft')
