@@ -264,8 +264,8 @@ class Ours:
     return one_round
 
 
-SIDES = {'rlhf_jax': Ours, 'PyTorch': Torch, 'transformers': Transformers}
-DONE_BY = {'sft': tuple(SIDES), 'reward': ('rlhf_jax', 'PyTorch'), 'generate': tuple(SIDES), 'ppo': ('rlhf_jax', 'PyTorch')}
+SIDES = 'rlhf_jax', 'PyTorch', 'transformers'
+DONE_BY = {'sft': SIDES, 'reward': SIDES[:2], 'generate': SIDES, 'ppo': SIDES[:2]}
 
 
 def _begin(make, mesh, config, batch):
@@ -286,9 +286,9 @@ def compare(config, batch, mesh, only, repeats):
   """{workload: {who: median seconds of a round}}. A side's memory and threads do not meddle with another's."""
   found, spawn = {}, multiprocessing.get_context('spawn')
   with contextlib.ExitStack() as stack:
-    makers = SIDES | {'rlhf_jax': functools.partial(Ours, mesh=mesh)}
+    makers = functools.partial(Ours, mesh=mesh), Torch, Transformers
     sides = {who: stack.enter_context(concurrent.futures.ProcessPoolExecutor(1, spawn, _begin, (make, mesh, config, batch)))
-             for who, make in makers.items()}
+             for who, make in zip(SIDES, makers, strict=True)}
     progress = stack.enter_context(rich.progress.Progress(transient=True))
     task = progress.add_task('', total=len(only) * (_WARMUPS + repeats))
     for name in only:
@@ -315,10 +315,9 @@ def main(args=None):
   except RlhfJaxError as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
     sys.exit(2)
-  whole = {f'{who}, s': {name: seconds.get(who) for name, seconds in found.items()}
-           for who in ('rlhf_jax', 'PyTorch', 'transformers')}
+  whole = {f'{who}, s': {name: seconds.get(who) for name, seconds in found.items()} for who in SIDES}
   ratio = {f'rlhf_jax as fast as {who}': {name: seconds[who] / seconds['rlhf_jax'] for name, seconds in found.items()
-                                          if who in seconds} for who in ('PyTorch', 'transformers')}
+                                          if who in seconds} for who in SIDES[1:]}
   report.print_table(whole | ratio, f'{asked.preset}, float32, medians of {asked.repeats} rounds in turns; torch '
                      f'{torch.__version__}, transformers {transformers.__version__}, jax {jax.__version__}')
   return found

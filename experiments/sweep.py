@@ -193,6 +193,7 @@ def _chosen(points, index):
 # ---- running
 
 def _run_points(points, make_task, sweep):
+  _check_devices(points)
   failed = {}
   for number, point in enumerate(points, 1):
     print(f'[{number}/{len(points)}] {point.directory.name}', flush=True)
@@ -212,6 +213,13 @@ def _run_points(points, make_task, sweep):
   if failed:
     print(f'{len(failed)} of {len(points)} runs failed: {"; ".join(failed)}', file=sys.stderr)
   return failed
+
+
+def _check_devices(points):
+  counts = list(dict.fromkeys(point.experiment.mesh.cpu_devices for point in points))
+  if len(counts) > 1:
+    raise ConfigError(f'the sweep has runs with mesh.cpu_devices {" and ".join(map(str, counts))}, but a process keeps the '
+                      f'devices that it begins with. Give each run a process: --index 0 to {len(points) - 1}, then --table.')
 
 
 def results(point, stages):

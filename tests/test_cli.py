@@ -275,6 +275,9 @@ def test_weights_of_another_model_than_the_preset(tmp_path, capsys):
                sizes={'smaller': {'v5e:2x2': {'mesh.fsdp': 4}}})
     assert exit_.value.code == 2 and not (tmp_path / 'run').exists()
     assert '--preset smaller, but the weights are those of someone/pico' in capsys.readouterr().err
+  for more in (['--pretrained', 'None'], ['--pretrained', 'someone/smaller'], ['--plan', 'cpu:1']):
+    changed, _ = cli._parse(default, 'A test.', ['--preset', 'smaller', *more], {})
+    assert changed.preset == 'smaller'
 
 
 def test_a_full_disk_is_one_line_and_status_2(tmp_path, capsys):

@@ -97,6 +97,14 @@ def test_an_index_outside_is_an_error_and_exits_with_2(capsys, tmp_path):
   assert '--index 1, but the sweep has 1 runs. Needed is 0 to 0.' in capsys.readouterr().err
 
 
+def test_a_process_cannot_sweep_over_its_devices(capsys, tmp_path):
+  with pytest.raises(SystemExit, match='2'):
+    sweep.main(['quickstart', '--grid', 'mesh.cpu_devices=1,2', '--run-dir', str(tmp_path)])
+  said = capsys.readouterr().err
+  assert 'ConfigError: the sweep has runs with mesh.cpu_devices 1 and 2, but' in said and '--index 0 to 1, then --table' in said
+  assert not list(tmp_path.iterdir())
+
+
 def test_one_run_that_fails_is_reported_and_the_other_goes_on(capsys, tmp_path):
   args = ['quickstart', '--grid', 'sft.batch_size=1000,8', '--set', *(s for s in SMALL if 'sft.batch' not in s),
           '--stages', 'sft', '--no-export', '--run-dir', str(tmp_path)]
