@@ -101,7 +101,7 @@ def test_a_process_cannot_sweep_over_its_devices(capsys, tmp_path):
   with pytest.raises(SystemExit, match='2'):
     sweep.main(['quickstart', '--grid', 'mesh.cpu_devices=1,2', '--run-dir', str(tmp_path)])
   said = capsys.readouterr().err
-  assert 'ConfigError: the sweep has runs with mesh.cpu_devices 1 and 2, but' in said and '--index 0 to 1, then --table' in said
+  assert 'ConfigError: the sweep has runs with mesh.cpu_devices 1 and 2, but' in said and '--index 0 to 1, then' in said
   assert not list(tmp_path.iterdir())
 
 
