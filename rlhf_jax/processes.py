@@ -122,7 +122,12 @@ _GOODBYE = b'.'
 def _call(port, count, deadline):
   """Process 0's side: the indices that are missing, which it tells those that came."""
   came = {}
-  with socket.create_server(('', port)) as door, contextlib.ExitStack() as stack:
+  try:
+    door = socket.create_server(('', port))
+  except OSError as error:
+    raise ProcessError(f'process 0 cannot listen at port {port} ({error.strerror}). Look for an older run that has it '
+                       'still, or pass another port.') from error
+  with door, contextlib.ExitStack() as stack:
     while len(came) < count - 1 and (left := deadline - time.monotonic()) > 0:
       door.settimeout(left)
       with contextlib.suppress(OSError, ValueError):                            # what is no process of this run

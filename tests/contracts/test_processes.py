@@ -291,6 +291,13 @@ def test_who_does_not_join_is_named_where_the_cluster_says_how_many_there_are(mo
     pass
 
 
+def test_a_port_that_another_has_is_named():
+  with socket.create_server(('', 0)) as door:
+    port = door.getsockname()[1]
+    raised = calls([ProcessesConfig(f'127.0.0.1:{port}', count=2, index=0, join_s=1)])
+  assert raised[0].startswith(f'process 0 cannot listen at port {port} (Address already in use')
+
+
 def test_a_first_process_that_is_not_there_is_named_with_its_address():
   address = f'127.0.0.1:{free_port()}'
   raised = calls([ProcessesConfig(address, count=2, index=1, join_s=1)])
