@@ -22,7 +22,7 @@ from rlhf_jax import chips, planner, processes, remedies, report, runners
 from rlhf_jax import config as configs
 from rlhf_jax.checkpoint import read_meta
 from rlhf_jax.data.text import check_vocabulary, load_tokenizer, pad_token, save_tokenizer, train_tokenizer
-from rlhf_jax.errors import CheckpointError, ConfigError, PreemptedError, RlhfJaxError
+from rlhf_jax.errors import CheckpointError, ConfigError, PreemptedError, ProcessError, RlhfJaxError
 from rlhf_jax.model import huggingface
 from rlhf_jax.model.config import preset
 from rlhf_jax.model.forward import check_length
@@ -94,8 +94,9 @@ def _parse(default, description, args, sizes):
 def clear_exits(directory='', lost_s=0):
   """What ends a command early as one line, and an exit status: 2 for what the user can mend, 130 for Ctrl-C.
 
-  75 (EX_TEMPFAIL) says that all is saved, after SIGTERM or the notice that a TPU is taken away: start it again. With
-  several processes also an error that nobody expected ends the process at once, in place of waiting for the others.
+  75 (EX_TEMPFAIL) says: start it again. After SIGTERM, or the notice that a TPU is taken away, all is saved; or one of
+  several processes did not come. With several also an error that nobody expected ends the process at once, in place of
+  waiting for the others.
   """
   goes_on = f'The same command goes on from the last checkpoint in {directory}.'
   try:
@@ -105,7 +106,7 @@ def clear_exits(directory='', lost_s=0):
     processes.leave(_START_AGAIN)
   except RlhfJaxError as error:
     _say_error(f'{type(error).__name__}: {error}')
-    processes.leave(2)
+    processes.leave(_START_AGAIN if isinstance(error, ProcessError) else 2)
   except KeyboardInterrupt:
     _say_error(f'\nStopped. {goes_on}')
     processes.leave(130)

@@ -9,7 +9,7 @@
 #   MODULE      for example experiments.quickstart. Where the slice has several workers, --processes.coordinator auto is
 #               added, and the run directory has to be shared: bootstrap.sh --bucket, or a --run-dir that all workers see.
 #   --restarts  how often it is started again, and how many looks in a row may fail; 5 by default. It is started again when
-#               it ends with 75 (saved), is killed, or a worker dies; not after 1 (a bug), 2 (a wrong flag) or 130.
+#               it ends with 75 (start me again), is killed, or a worker dies; not after 1 (a bug), 2 (a wrong flag) or 130.
 #   --recreate  a slice that was preempted is deleted, created and prepared again as it was. Costs money each time. Create it
 #               with --queued, so that the new one waits for room instead of failing.
 #   --pause     between two looks at the workers, and before a restart; 30 s by default

@@ -16,6 +16,7 @@ import pytest
 from small import UNTIMED
 
 from rlhf_jax.checkpoint import _read_record
+from rlhf_jax.cli import clear_exits
 from rlhf_jax.errors import ConfigError, ProcessError
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.processes import ProcessesConfig, joined
@@ -296,6 +297,13 @@ def test_a_port_that_another_has_is_named():
     port = door.getsockname()[1]
     raised = calls([ProcessesConfig(f'127.0.0.1:{port}', count=2, index=0, join_s=1)])
   assert raised[0].startswith(f'process 0 cannot listen at port {port} (Address already in use')
+
+
+def test_who_waits_in_vain_asks_to_be_started_again(capsys):
+  with pytest.raises(SystemExit) as exit_, clear_exits(), \
+       joined(ProcessesConfig(f'127.0.0.1:{free_port()}', count=2, index=0, join_s=1)):
+    pass
+  assert exit_.value.code == 75 and 'ProcessError: process 1 of 2 did not join within 1 s' in capsys.readouterr().err
 
 
 def test_a_first_process_that_is_not_there_is_named_with_its_address():
