@@ -1,12 +1,13 @@
 """Llama 3 8B as an assistant, on TPUs: SFT, reward model and PPO on the HH data of Anthropic, or any chat set.
 
-An 8B policy with an 8B value function and an 8B reference, and a 1B reward model from scratch; with --preset llama3.1-70b
-70B of each, and an 8B reward model. For the settings of each topology in `SIZES`, `--plan` says that every program compiles
-and fits: see the table in README.md.
+An 8B policy with an 8B value function and an 8B reference, and a 1B reward model from scratch; or 70B of each, and an 8B
+reward model. For the settings of each topology in `SIZES`, `--plan` says that every program compiles and fits: see the
+table in README.md.
 
-    python -m experiments.llama3_8b --plan v5p:4x4x4                        what it would cost, on a machine without TPUs
-    python -m experiments.llama3_8b --sized-for v5p:4x4x4                   on those 64 chips
-    python -m experiments.llama3_8b --sized-for v5p:4x4x4 --data.path DIR   data of your own: see sources.py for layouts
+    python -m experiments.llama3_8b --plan v5p:4x4x4                              the cost, on a machine without TPUs
+    python -m experiments.llama3_8b --sized-for v5p:4x4x4                         on those 64 chips
+    python -m experiments.llama3_8b --sized-for v5p:4x4x4 --data.path DIR         data of your own: see sources.py
+    python -m experiments.llama3_8b --preset llama3.1-70b --sized-for v5p:4x4x8   70B on 128 chips
 
 It has been compiled for its chips but not run, so there is no expected number. Learning rates and KL weight are of the size
 that others publish for such models. Weights come from the Hugging Face hub, where Meta gives access on request, or from a

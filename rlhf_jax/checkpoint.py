@@ -57,8 +57,12 @@ class Checkpoints:
       self._manager.close()
 
   def latest(self):
-    """The newest complete step, or None. A step that `restore` has found damaged does not count."""
-    return max(set(_steps(self.directory)) - set(self._damaged), default=None)
+    """The newest complete step, or None. A step that `restore` has found damaged does not count.
+
+    All processes call it, and are told what the first one sees: a shared file system may show them different things.
+    """
+    newest = processes.first_says(max(set(_steps(self.directory)) - set(self._damaged), default=-1))
+    return None if newest < 0 else newest
 
   def save(self, step, state, meta):
     """Starts writing `state` (a pytree of arrays) and `meta` (JSON) as one step, and returns when it is safe to donate.
@@ -95,16 +99,14 @@ class Checkpoints:
     if step is not None:
       return _read(self.directory, step, abstract)
     _newest(self.directory)                                                # says so where there is none at all
-    damaged = []
-    for candidate in reversed(_steps(self.directory)):
+    self._damaged = []
+    while (newest := self.latest()) is not None:
       try:
-        found = _read(self.directory, candidate, abstract)
+        return _read(self.directory, newest, abstract)
       except _DamagedError as error:
         warnings.warn(f'{error} Trying the step before it.', stacklevel=2)
-        damaged.append(candidate)
-      else:
-        self._damaged = damaged
-        return found
+        self._damaged.append(newest)
+    damaged, self._damaged = self._damaged, []
     raise CheckpointError(f'{self.directory} has no step that can be read; steps {damaged} are damaged. Restore the '
                           'directory from a backup, or start again in another one.')
 
@@ -115,7 +117,8 @@ def restore_part(directory, abstract, step=None):
   The part has the nesting of the whole: {'params': {'backbone': ...}}. Where it is damaged this raises CheckpointError
   and takes no older step by itself: who inherits parameters should know which.
   """
-  return _read(directory, _newest(directory) if step is None else step, abstract, part=True)[0]
+  step = processes.first_says(_newest(directory)) if step is None else step
+  return _read(directory, step, abstract, part=True)[0]
 
 
 def read_meta(directory, step=None):

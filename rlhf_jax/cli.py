@@ -137,7 +137,7 @@ def run_stages(experiment, make_task, directory, command=Command()):
   run = prepare(experiment, make_task, directory)
   results = _earlier_results(directory)
   for name in (name for name in _STAGES if name in command.stages):
-    if run.finished(name):
+    if processes.first_says(run.finished(name)):
       results[name] = read_meta(run.checkpoints(name))['evaluation']
       print(f'{name}: finished before, skipped')
     else:

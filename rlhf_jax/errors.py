@@ -36,7 +36,7 @@ class ProcessError(RlhfJaxError):
 
 
 class PreemptedError(Exception):
-  """A run that was asked to stop and has saved all that it needs to go on: nobody's mistake."""
+  """A run that was asked to stop, and will lose nothing when it goes on: nobody's mistake."""
 
 
 def check_choices(config):

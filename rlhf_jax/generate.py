@@ -178,8 +178,8 @@ class _Queue:
     tokens = ask(self.prompts.tokens_BP)
     used, P, ring = prompt < self._prompts_a_part, tokens.shape[1], state.seen_QS.shape[1]
     valid = ask(self.prompts.valid_BP) & used[:, None]
-    slots = empty_cache(self.config, len(row), ring if self._all_at_once else P)  # all at once: laid where they will stay
-    hidden, cache = self.run(tokens, positions(valid), causal(self.config, valid), slots, 0, wanted=P - 1)
+    empty = empty_cache(self.config, len(row), ring if self._all_at_once else P)  # all at once: laid where they will stay
+    hidden, cache = self.run(tokens, positions(valid), causal(self.config, valid), empty, 0, wanted=P - 1)
     token, answers, alive = self._draw(hidden[:, 0], state.answers, prompt, jnp.zeros_like(row), used)
     new = {'prompt_Q': prompt, 'token_Q': token, 'slot_Q': jnp.zeros_like(row),
            'position_Q': valid.sum(1, dtype=jnp.int32), 'alive_Q': alive}

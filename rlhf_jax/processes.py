@@ -47,7 +47,7 @@ class ProcessesConfig:
                         '--processes.coordinator HOST:PORT, the same for all, where process 0 runs.')
     if explicit and not 0 <= self.index < self.count:
       raise ConfigError(f'--processes.index {self.index} of --processes.count {self.count}. Indices go from 0 to count - 1.')
-    if explicit and not (self.coordinator.rpartition(':')[0] and self.coordinator.rpartition(':')[2].isdigit()):
+    if explicit and not _is_address(self.coordinator):
       raise ConfigError(f'--processes.coordinator {self.coordinator!r} is no address. Pass HOST:PORT, or auto on a TPU pod.')
 
 
@@ -74,28 +74,37 @@ def joined(config):
 
 
 def _meet_all(config):
-  address, count, index, devices = config.coordinator, config.count, config.index, None
+  address, count, index = config.coordinator, config.count, config.index
   if address == 'auto':
-    address, count, index, devices = _detected(config.join_s)
+    address, count, index = _detected(config.join_s)
   _roll_call(address, count, index, config.join_s)
-  jax.distributed.initialize(address, count, index, devices, initialization_timeout=config.join_s,
+  jax.distributed.initialize(address, count, index, initialization_timeout=config.join_s,
                              heartbeat_timeout_seconds=config.lost_s)
 
 
 def _detected(join_s):
-  """(address of process 0, count, index, devices of this process or None) as the TPU pod or SLURM says.
+  """(address of process 0, count, index) as the TPU pod or SLURM says.
 
   JAX detects them in `jax.distributed.initialize`, but keeps them to itself.
   """
   try:
     found = ClusterEnv.auto_detect_unset_distributed_params(os.environ.get('JAX_COORDINATOR_ADDRESS'), None, None, None,
-                                                            None, join_s)
-  except RuntimeError as error:
-    raise ProcessError(f'--processes.coordinator auto: {error} within {join_s} s. Look whether that host runs.') from error
-  if None in found[:3]:
+                                                            None, join_s)[:3]
+  except RuntimeError as error:                                                 # a host or a service that does not answer
+    raise ProcessError(f'--processes.coordinator auto: {error}.') from error
+  except ValueError as error:
+    raise ConfigError(f'--processes.coordinator auto: {error}.') from error
+  if None in found:
     raise ConfigError('--processes.coordinator auto, but nothing here says how many processes there are. On a TPU pod or '
                       'under SLURM it is found; elsewhere pass HOST:PORT, --processes.count and --processes.index.')
+  if not _is_address(found[0]):
+    raise ConfigError(f'JAX_COORDINATOR_ADDRESS is {found[0]!r}, which is no address. Set it to HOST:PORT, or not at all.')
   return found
+
+
+def _is_address(text):
+  host, _, port = text.rpartition(':')
+  return bool(host) and port.isdigit()
 
 
 def _roll_call(address, count, index, join_s):
@@ -106,7 +115,8 @@ def _roll_call(address, count, index, join_s):
   """
   host, _, port = address.rpartition(':')
   deadline = time.monotonic() + join_s
-  found = _call(int(port), count, deadline) if index == 0 else _answer((host, int(port)), index, deadline)
+  found = (_call(int(port), count, deadline) if index == 0 else
+           _answer((host.strip('[]'), int(port)), index, deadline))
   if found is None:
     raise ProcessError(f'process 0 does not answer at {address} after {join_s} s. Start it there, with the same flags but '
                        'for --processes.index 0, or mend the address.')
@@ -123,7 +133,8 @@ def _call(port, count, deadline):
   """Process 0's side: the indices that are missing, which it tells those that came."""
   came = {}
   try:
-    door = socket.create_server(('', port))
+    both = socket.has_dualstack_ipv6()
+    door = socket.create_server(('', port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
   except OSError as error:
     raise ProcessError(f'process 0 cannot listen at port {port} ({error.strerror}). Look for an older run that has it '
                        'still, or pass another port.') from error
@@ -166,7 +177,10 @@ def _answer(address, index, deadline):
 
 
 def _watch(connection, index):
-  """Says so where process 0 is gone without a goodbye; JAX ends this process at about the same time."""
+  """Says so where process 0 is gone without a goodbye; JAX ends this process at about the same time.
+
+  A host that is switched off closes no connection: JAX's heartbeats, which end this process after `lost_s`, tell of that.
+  """
   connection.settimeout(None)
   with contextlib.suppress(OSError):
     if connection.recv(1) == _GOODBYE:
@@ -199,6 +213,11 @@ def meet(name):
 def all_agree(yes):
   """Whether all processes say yes. All call it."""
   return bool(multihost_utils.process_allgather(np.array(yes)).all()) if are_several() else yes
+
+
+def first_says(number):
+  """The int that the first process passes, in all of them. All call it."""
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if are_several() else number
 
 
 def once(name, do):
@@ -239,7 +258,7 @@ def _note_stop(number, frame):
 
 
 def stop_asked():
-  """Whether to save and stop now: the same answer in all processes. All call it, once a step.
+  """Whether to save and stop now: the same answer in all processes. All call it equally often, once a step at least.
 
   JAX agrees on it by the numbers that are passed here; nothing else may pass it others (see `checkpoint.py`).
   """

@@ -19,6 +19,7 @@ from small import copy, experiment, prepare, presets, task  # noqa: F401  preset
 from rlhf_jax import cli, processes
 from rlhf_jax.errors import CheckpointError, ConfigError, DataError, PreemptedError
 from rlhf_jax.model import forward, huggingface
+from rlhf_jax.runners import Runner
 from rlhf_jax.stages import ppo, reward, sft
 
 QUICK = {'ppo__epochs': 1, 'ppo__minibatches': 1, 'ppo__iterations': 2}
@@ -85,17 +86,25 @@ def test_stages_run_in_their_order(whole, tmp_path, capsys):
 
 # ---- exports
 
-def test_a_signal_during_an_export_ends_it_and_it_is_made_up_for(whole, tmp_path):
+def test_a_signal_during_an_export_ends_it_and_it_is_made_up_for(whole, tmp_path, monkeypatch):
   directory, _ = whole
   copy(directory, tmp_path)
   shutil.rmtree(tmp_path / 'sft' / 'export')
-  with processes.joined(processes.ProcessesConfig()):
-    os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(PreemptedError, match='sft is finished, its export will be written again'):
-      run(tmp_path, export=True, stages=('sft',))
-  assert not (tmp_path / 'sft' / 'export').exists()
+  fetched, fetch = [], Runner.fetch
+
+  def third_is_signalled(runner, tree):
+    fetched.append(tree)
+    if len(fetched) == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return fetch(runner, tree)
+  monkeypatch.setattr(Runner, 'fetch', third_is_signalled)
+  with processes.joined(processes.ProcessesConfig()), \
+       pytest.raises(PreemptedError, match='sft is finished, its export will be written again'):
+    run(tmp_path, export=True, stages=('sft',))
+  assert len(fetched) == 3 and not (tmp_path / 'sft' / 'export').exists()
   run(tmp_path, export=True, stages=('sft',))
-  assert (tmp_path / 'sft' / 'export' / 'model.safetensors').exists()
+  written, expected = ((where / 'sft' / 'export' / 'model.safetensors').read_bytes() for where in (tmp_path, directory))
+  assert written == expected
 
 
 def small_run(directory):

@@ -13,7 +13,7 @@ import tiny
 
 from rlhf_jax import runners
 from rlhf_jax.errors import ConfigError, ShardingError
-from rlhf_jax.generate import generate
+from rlhf_jax.generate import generate, ring_growth
 from rlhf_jax.maths.sampling import Sampling, sample_tokens, uniforms
 from rlhf_jax.model import forward
 from rlhf_jax.model.heads import LanguageModel, initial_params
@@ -145,6 +145,16 @@ def test_decoding_stops_when_all_have_ended_and_a_larger_limit_changes_nothing(m
   assert (made.tokens_BT[:, P + longest:] == PAD).all()
   np.testing.assert_array_equal(made.tokens_BT[:, :P + R], rollout(PLAIN).tokens_BT)
   np.testing.assert_array_equal(made.mask_BR[:, :R], rollout(PLAIN).mask_BR)
+
+
+@pytest.mark.parametrize('prompt_tokens, new_tokens, lengths', [
+  (64, 64, [16, 32, 48, 64]), (64, 20, [20]), (9, 20, [10, 20]), (512, 53, [53]), (1024, 512, [128, 256, 384, 512]),
+  (5, 1, [1]),
+])
+def test_the_cache_grows_where_that_spares_a_tenth_of_what_is_read(prompt_tokens, new_tokens, lengths):
+  assert ring_growth(prompt_tokens, new_tokens) == lengths
+  reads = lambda lengths: sum((prompt_tokens + end) * (end - begin) for begin, end in zip([0, *lengths], lengths))
+  assert len(lengths) == 1 or reads(lengths) < 0.9 * reads([new_tokens])
 
 
 # ---- a queue of prompts

@@ -60,7 +60,7 @@ def _splash(window, start, q_BNTH, k_BKSH, v_BKSH, query_segment_BT, key_segment
 
 
 def _block(length):
-  """Tokens of the longest block that divides a multiple of _LANES."""
+  """Tokens of the longest block that divides a length, itself a multiple of _LANES: of 1536 512, of 640 only 128."""
   return next(block for block in range(_LONGEST_BLOCK, 0, -_LANES) if length % block == 0)
 
 

@@ -97,10 +97,10 @@ class Block(nn.Module):
     if c.position == 'rope':
       radians = frequencies(c)
       q_BTNH, k_BTKH = rotate(q_BTNH, _chosen(position_BT, wanted), radians), rotate(k_BTKH, position_BT, radians)
-    k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     if cache is not None:
-      cache = write(cache, k_BKSH, v_BKSH, slot)
-      k_BKSH, v_BKSH = cache if isinstance(sees, Seen) else (k_BKSH, v_BKSH)
+      cache = write(cache, k_BKTH, v_BKTH, slot)
+    k_BKSH, v_BKSH = cache if isinstance(sees, Seen) and cache is not None else (k_BKTH, v_BKTH)
     out_BTD = project(attend(q_BTNH, k_BKSH, v_BKSH, _of_chosen(sees, wanted), c.attention), weight('o_NHD'),
                       contracted=2)
     return (out_BTD + weight('o_bias_D') if c.output_bias else out_BTD), cache

@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_jax import processes
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.errors import DivergedError, PreemptedError
-from rlhf_jax.metrics import MetricsLog, Progress, values
+from rlhf_jax.metrics import MetricsLog, Progress, read_metrics, values
 from rlhf_jax.model.heads import initial_params
 from rlhf_jax.optimizer import make_optimizer
 from rlhf_jax.stages.task import Run
@@ -53,7 +53,10 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
       measured = evaluate(state.params)
       if measured is None:
         raise PreemptedError(f'{name} step {start} is saved' if start else f'{name} has not begun')
-      log.write(start, _prefixed(measured), wall_s=0.0)
+      if start:
+        check_finite(runner, run.stage(name), start, _prefixed(measured), next(iter(batches.read(start - 1, start))))
+      if not any(row['step'] == start and _prefixed(measured).keys() <= row.keys() for row in read_metrics(run.stage(name))):
+        log.write(start, _prefixed(measured), wall_s=0.0)                       # a kill may have left it there
     with Progress(name, total=config.steps, start=start) as progress:
       watch = _Watch(run, name, unit, log, progress)
       _say(progress, name, start, measured)

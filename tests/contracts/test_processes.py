@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from small import UNTIMED
 
+from rlhf_jax import processes
 from rlhf_jax.checkpoint import _read_record
 from rlhf_jax.cli import clear_exits
 from rlhf_jax.errors import ConfigError, ProcessError
@@ -297,6 +298,23 @@ def test_a_port_that_another_has_is_named():
     port = door.getsockname()[1]
     raised = calls([ProcessesConfig(f'127.0.0.1:{port}', count=2, index=0, join_s=1)])
   assert raised[0].startswith(f'process 0 cannot listen at port {port} (Address already in use')
+
+
+@pytest.mark.parametrize('goodbye', [True, False])
+def test_the_others_say_so_where_the_first_is_gone_without_a_goodbye(goodbye, capfd):
+  port, deadline = free_port(), time.monotonic() + 10
+  answers = threading.Thread(target=processes._answer, args=(('localhost', port), 1, deadline))
+  answers.start()
+  assert processes._call(port, 2, deadline) == []
+  answers.join()
+  if goodbye:
+    processes._tell(processes._others, processes._GOODBYE)
+  for connection in processes._others:
+    connection.close()
+  for thread in threading.enumerate():
+    if thread.name.endswith('(_watch)'):
+      thread.join(10)
+  assert ('process 1: process 0 is gone' in capfd.readouterr().err) == (not goodbye)
 
 
 def test_who_waits_in_vain_asks_to_be_started_again(capsys):

@@ -1,8 +1,8 @@
 """The loop of SFT and reward model: what it writes, when it stops, and what it says of what it leaves out."""
 
 import dataclasses
-import itertools
 import os
+import shutil
 import signal
 
 import jax
@@ -108,30 +108,58 @@ def test_an_unfinished_stage_is_not_what_the_next_starts_from(tmp_path):
     sft.restore(run)
 
 
-def test_a_signal_in_an_evaluation_stops_it_and_it_is_made_up_for(tmp_path, monkeypatch):
-  """Of 2 batches each, before the first update, after every second, and after the sixth, the last."""
-  settings, in_order = {'sft__batch_size': 4}, sft.batches.in_order
+@pytest.fixture
+def held_out(monkeypatch):
+  """Counts the held-out batches that SFT reads, and sends the process SIGTERM when it comes to number `at`."""
+  class HeldOut:
+    count, at = 0, None
 
-  class Batches(list):
-    def __iter__(self):
-      for batch in list.__iter__(self):
-        if next(count) == at:
-          os.kill(os.getpid(), signal.SIGTERM)
-        yield batch
+    def watch(self, batches):
+      class Watched(list):
+        def __iter__(_):
+          for batch in batches:
+            if self.count == self.at:
+              os.kill(os.getpid(), signal.SIGTERM)
+            self.count += 1
+            yield batch
+      return Watched(batches)
+  found, in_order = HeldOut(), sft.batches.in_order
+  monkeypatch.setattr(sft.batches, 'in_order', lambda *args, **more: found.watch(in_order(*args, **more)))
+  return found
 
-  monkeypatch.setattr(sft.batches, 'in_order', lambda *args, **more: Batches(in_order(*args, **more)))
-  count, at = itertools.count(), None
+
+def test_a_signal_in_an_evaluation_stops_it_and_it_is_made_up_for(tmp_path, held_out):
+  """Of 2 batches each, before the first update, after every second, and after the sixth, the last; step 2 is not saved."""
+  settings = {'sft__batch_size': 4, 'sft__checkpoint_every': 4}
   whole = prepare(tmp_path / 'whole', settings=settings)
   sft.train(whole)
-  assert next(count) == 8
+  assert held_out.count == 8
   for at, said in ((1, 'sft has not begun'), (2, 'sft step 2 is saved'), (5, 'sft step 4 is saved')):
-    count, run = itertools.count(), prepare(tmp_path / str(at), settings=settings)
+    held_out.count, held_out.at, run = 0, at, prepare(tmp_path / str(at), settings=settings)
     with processes.joined(processes.ProcessesConfig()), pytest.raises(PreemptedError, match=said):
       sft.train(run)
+    saved = copy(run.directory, tmp_path / f'{at} saved')
     sft.train(run)
     assert timeless(run.stage('sft')) == timeless(whole.stage('sft'))
     assert_same_bits(sft.restore(run), sft.restore(whole))
-  count, at, run = itertools.count(), 6, prepare(tmp_path / 'last', settings=settings)
+    # Killed after it has made up for the evaluation: the row is there, but nothing newer is saved.
+    shutil.copy(run.stage('sft') / 'metrics.jsonl', saved / 'sft' / 'metrics.jsonl')
+    again = prepare(saved, settings=settings)
+    sft.train(again)
+    assert timeless(again.stage('sft')) == timeless(whole.stage('sft'))
+  held_out.count, held_out.at, run = 0, 6, prepare(tmp_path / 'last', settings=settings)
   with processes.joined(processes.ProcessesConfig()):
     sft.train(run)                                                               # ends with the stage, a moment later
     assert processes.stop_asked() and run.finished('sft')
+
+
+def test_an_evaluation_that_is_made_up_for_is_held_to_the_same(tmp_path, held_out):
+  settings = {'sft__evaluate_every': 1, 'sft__optimizer__learning_rate': HUGE, 'sft__optimizer__schedule': 'constant'}
+  with pytest.raises(DivergedError, match=r'sft step \d: held_out/loss is nan') as raised:
+    sft.train(prepare(tmp_path / 'whole', settings=settings))
+  held_out.count, held_out.at, run = 0, int(str(raised.value)[9]), prepare(tmp_path / 'stopped', settings=settings)
+  with processes.joined(processes.ProcessesConfig()), pytest.raises(PreemptedError, match='is saved'):
+    sft.train(run)
+  with pytest.raises(DivergedError, match=r'sft step \d: held_out/loss is nan') as again:
+    sft.train(run)
+  assert str(again.value)[:10] == str(raised.value)[:10]
