@@ -77,7 +77,7 @@ def _meet_all(config):
   address, count, index = config.coordinator, config.count, config.index
   if address == 'auto':
     address, count, index = _detected(config.join_s)
-  _roll_call(address, count, index, config.join_s)
+  _roll_call(address, count, index, config)
   jax.distributed.initialize(address, count, index, initialization_timeout=config.join_s,
                              heartbeat_timeout_seconds=config.lost_s)
 
@@ -107,16 +107,16 @@ def _is_address(text):
   return bool(host) and port.isdigit()
 
 
-def _roll_call(address, count, index, join_s):
+def _roll_call(address, count, index, config):
   """Returns when every process has said its index to process 0, at the address where JAX's own service listens next.
 
   JAX would end the process with an abort that does not say who is missing. The connections stay: by theirs the others see
   when process 0 is gone, of which JAX says only that it is the leader.
   """
-  host, _, port = address.rpartition(':')
+  (host, _, port), join_s = address.rpartition(':'), config.join_s
   deadline = time.monotonic() + join_s
   found = (_call(int(port), count, deadline) if index == 0 else
-           _answer((host.strip('[]'), int(port)), index, deadline))
+           _answer((host.strip('[]'), int(port)), index, deadline, config.lost_s))
   if found is None:
     raise ProcessError(f'process 0 does not answer at {address} after {join_s} s. Start it there, with the same flags but '
                        'for --processes.index 0, or mend the address.')
@@ -160,7 +160,7 @@ def _tell(connections, what):
       connection.sendall(what)
 
 
-def _answer(address, index, deadline):
+def _answer(address, index, deadline, lost_s):
   """The other side: the indices that are missing, or None where process 0 is."""
   while (left := deadline - time.monotonic()) > 0:
     with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as stack:
@@ -170,23 +170,27 @@ def _answer(address, index, deadline):
       missing = json.loads(connection.makefile().readline())
       if not missing:
         stack.pop_all()
-        threading.Thread(target=_watch, args=(connection, index), daemon=True).start()
+        threading.Thread(target=_watch, args=(connection, index, lost_s), daemon=True).start()
       return missing
     time.sleep(0.2)
   return None
 
 
-def _watch(connection, index):
-  """Says so where process 0 is gone without a goodbye; JAX ends this process at about the same time.
+def _watch(connection, index, lost_s):
+  """Says so where process 0 is gone without a goodbye; JAX ends this process, at once or after `lost_s`.
 
-  A host that is switched off closes no connection: JAX's heartbeats, which end this process after `lost_s`, tell of that.
+  A host that is switched off, or cut off, closes no connection: its silence is noticed after two thirds of that time.
   """
   connection.settimeout(None)
+  connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+  for name, value in (('TCP_KEEPIDLE', lost_s // 3), ('TCP_KEEPINTVL', lost_s // 6), ('TCP_KEEPCNT', 2)):
+    if hasattr(socket, name):                                                   # not everywhere
+      connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), max(1, value))
   with contextlib.suppress(OSError):
     if connection.recv(1) == _GOODBYE:
       return
-  os.write(2, f'process {index}: process 0 is gone, and the others end with it. Look at its own output, and start all of '
-              'them again.\n'.encode())
+  os.write(2, f'process {index}: process 0 is gone, or cut off from here, and the others end with it. Look at its own '
+              'output, and start all of them again.\n'.encode())
 
 
 def are_several():

@@ -303,7 +303,7 @@ def test_a_port_that_another_has_is_named():
 @pytest.mark.parametrize('goodbye', [True, False])
 def test_the_others_say_so_where_the_first_is_gone_without_a_goodbye(goodbye, capfd):
   port, deadline = free_port(), time.monotonic() + 10
-  answers = threading.Thread(target=processes._answer, args=(('localhost', port), 1, deadline))
+  answers = threading.Thread(target=processes._answer, args=(('localhost', port), 1, deadline, 60))
   answers.start()
   assert processes._call(port, 2, deadline) == []
   answers.join()
