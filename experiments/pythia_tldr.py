@@ -20,10 +20,9 @@ EXPERIMENT = dataclasses.replace(tldr.EXPERIMENT, attention='splash', remat=True
                                  mesh=MeshConfig(runner='sharded'))
 
 SIZES = {
-  'pythia-1b': {'v5e:2x4': {'pretrained': 'EleutherAI/pythia-1b-deduped', 'mesh.fsdp': 8, 'ppo.slots': 256}},
-  'pythia-2.8b': {'v5e:4x8': {'pretrained': 'EleutherAI/pythia-2.8b-deduped', 'mesh.fsdp': 16, 'mesh.tensor': 2,
-                              'ppo.slots': 256}},
-  'pythia-6.9b': {'v5p:2x2x2': {'pretrained': 'EleutherAI/pythia-6.9b-deduped', 'mesh.fsdp': 8, 'ppo.slots': 256}},
+  'pythia-1b': {'v5e:2x4': {'pretrained': 'EleutherAI/pythia-1b-deduped', 'mesh.fsdp': 8}},
+  'pythia-2.8b': {'v5e:4x8': {'pretrained': 'EleutherAI/pythia-2.8b-deduped', 'mesh.fsdp': 16, 'mesh.tensor': 2}},
+  'pythia-6.9b': {'v5p:2x2x2': {'pretrained': 'EleutherAI/pythia-6.9b-deduped', 'mesh.fsdp': 8}},
 }
 
 if __name__ == '__main__':
