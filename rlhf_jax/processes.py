@@ -2,19 +2,16 @@
 
 On a TPU pod every host is a process. All run the same program and call the same compiled functions; the first alone
 writes files and speaks. When one is lost, JAX's coordination service ends the others, after `lost_s` seconds at most, and
-names it. Absent on purpose: which rows and weights a process holds (`runners.py`). Next: `cli.py`.
+names it. Absent on purpose: which rows and weights a process holds (`runners.py`). Next: `roll_call.py`, `cli.py`.
 """
 
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import signal
-import socket
 import sys
 import threading
-import time
 
 import jax
 import numpy as np
@@ -22,6 +19,7 @@ import orbax.checkpoint as ocp
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
+from rlhf_jax import roll_call
 from rlhf_jax.errors import ConfigError, ProcessError
 from rlhf_jax.startup import prepare_process
 
@@ -47,7 +45,7 @@ class ProcessesConfig:
                         '--processes.coordinator HOST:PORT, the same for all, where process 0 runs.')
     if explicit and not 0 <= self.index < self.count:
       raise ConfigError(f'--processes.index {self.index} of --processes.count {self.count}. Indices go from 0 to count - 1.')
-    if explicit and not _is_address(self.coordinator):
+    if explicit and not roll_call.is_address(self.coordinator):
       raise ConfigError(f'--processes.coordinator {self.coordinator!r} is no address. Pass HOST:PORT, or auto on a TPU pod.')
 
 
@@ -66,7 +64,7 @@ def joined(config):
     earlier = signal.signal(signal.SIGTERM, _note_stop)                         # with several, JAX's preemption service does
   try:
     yield
-    _tell(_others, _GOODBYE)
+    roll_call.say_goodbye()
   finally:
     if config.coordinator is None and threading.current_thread() is threading.main_thread():
       signal.signal(signal.SIGTERM, earlier)
@@ -77,7 +75,7 @@ def _meet_all(config):
   address, count, index = config.coordinator, config.count, config.index
   if address == 'auto':
     address, count, index = _detected(config.join_s)
-  _roll_call(address, count, index, config)
+  roll_call.hold(address, count, index, join_s=config.join_s, lost_s=config.lost_s)
   jax.distributed.initialize(address, count, index, initialization_timeout=config.join_s,
                              heartbeat_timeout_seconds=config.lost_s)
 
@@ -97,100 +95,9 @@ def _detected(join_s):
   if None in found:
     raise ConfigError('--processes.coordinator auto, but nothing here says how many processes there are. On a TPU pod or '
                       'under SLURM it is found; elsewhere pass HOST:PORT, --processes.count and --processes.index.')
-  if not _is_address(found[0]):
+  if not roll_call.is_address(found[0]):
     raise ConfigError(f'JAX_COORDINATOR_ADDRESS is {found[0]!r}, which is no address. Set it to HOST:PORT, or not at all.')
   return found
-
-
-def _is_address(text):
-  host, _, port = text.rpartition(':')
-  return bool(host) and port.isdigit()
-
-
-def _roll_call(address, count, index, config):
-  """Returns when every process has said its index to process 0, at the address where JAX's own service listens next.
-
-  JAX would end the process with an abort that does not say who is missing. The connections stay: by theirs the others see
-  when process 0 is gone, of which JAX says only that it is the leader.
-  """
-  (host, _, port), join_s = address.rpartition(':'), config.join_s
-  deadline = time.monotonic() + join_s
-  found = (_call(int(port), count, deadline) if index == 0 else
-           _answer((host.strip('[]'), int(port)), index, deadline, config.lost_s))
-  if found is None:
-    raise ProcessError(f'process 0 does not answer at {address} after {join_s} s. Start it there, with the same flags but '
-                       'for --processes.index 0, or mend the address.')
-  if found:
-    raise ProcessError(f'process {" and ".join(map(str, found))} of {count} did not join within {join_s} s. '
-                       'Look at its own output, and start all of them together; --processes.join-s waits longer.')
-
-
-_others = []  # of process 0: a connection to each of the others, open as long as it lives
-_GOODBYE = b'.'
-
-
-def _call(port, count, deadline):
-  """Process 0's side: the indices that are missing, which it tells those that came."""
-  came = {}
-  try:
-    both = socket.has_dualstack_ipv6()
-    door = socket.create_server(('', port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
-  except OSError as error:
-    raise ProcessError(f'process 0 cannot listen at port {port} ({error.strerror}). Look for an older run that has it '
-                       'still, or pass another port.') from error
-  with door, contextlib.ExitStack() as stack:
-    while len(came) < count - 1 and (left := deadline - time.monotonic()) > 0:
-      door.settimeout(left)
-      with contextlib.suppress(OSError, ValueError):                            # what is no process of this run
-        connection, _ = door.accept()
-        stack.enter_context(connection)
-        connection.settimeout(5)
-        came[int(connection.makefile().readline())] = connection
-    missing = sorted(set(range(1, count)) - set(came))
-    _tell(came.values(), json.dumps(missing).encode() + b'\n')
-    if not missing:
-      stack.pop_all()
-      _others[:] = came.values()
-  return missing
-
-
-def _tell(connections, what):
-  for connection in connections:
-    with contextlib.suppress(OSError):
-      connection.sendall(what)
-
-
-def _answer(address, index, deadline, lost_s):
-  """The other side: the indices that are missing, or None where process 0 is."""
-  while (left := deadline - time.monotonic()) > 0:
-    with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as stack:
-      connection = stack.enter_context(socket.create_connection(address, timeout=left))
-      connection.sendall(f'{index}\n'.encode())
-      connection.settimeout(left + 5)                                           # process 0 may have begun later
-      missing = json.loads(connection.makefile().readline())
-      if not missing:
-        stack.pop_all()
-        threading.Thread(target=_watch, args=(connection, index, lost_s), daemon=True).start()
-      return missing
-    time.sleep(0.2)
-  return None
-
-
-def _watch(connection, index, lost_s):
-  """Says so where process 0 is gone without a goodbye; JAX ends this process, at once or after `lost_s`.
-
-  A host that is switched off, or cut off, closes no connection: its silence is noticed after two thirds of that time.
-  """
-  connection.settimeout(None)
-  connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-  for name, value in (('TCP_KEEPIDLE', lost_s // 3), ('TCP_KEEPINTVL', lost_s // 6), ('TCP_KEEPCNT', 2)):
-    if hasattr(socket, name):                                                   # not everywhere
-      connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), max(1, value))
-  with contextlib.suppress(OSError):
-    if connection.recv(1) == _GOODBYE:
-      return
-  os.write(2, f'process {index}: process 0 is gone, or cut off from here, and the others end with it. Look at its own '
-              'output, and start all of them again.\n'.encode())
 
 
 def are_several():
@@ -243,7 +150,7 @@ def leave(status, wait_s=5):
     sys.exit(status)
   try:
     ocp.multihost.get_barrier_sync_fn()(key='leave', timeout_ms=wait_s * 1000)
-    _tell(_others, _GOODBYE)
+    roll_call.say_goodbye()
   except jax.errors.JaxRuntimeError:
     pass                                                                        # the others are busy, or gone
   finally:

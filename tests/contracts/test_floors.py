@@ -15,7 +15,7 @@ FLOORS = [
   ('losses',),
   ('optimizer', 'step', 'update', 'generate', 'experience', 'rewards', 'compiled'),
   ('runners', 'chips'),
-  ('data', 'checkpoint', 'metrics', 'processes', 'startup'),
+  ('data', 'checkpoint', 'metrics', 'processes', 'roll_call', 'startup'),
   ('config', 'handoff', 'stages', 'planner', 'remedies', 'report', 'cli'),
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from small import UNTIMED
 
-from rlhf_jax import processes
+from rlhf_jax import roll_call
 from rlhf_jax.checkpoint import _read_record
 from rlhf_jax.cli import clear_exits
 from rlhf_jax.errors import ConfigError, ProcessError
@@ -176,7 +176,7 @@ def test_processes_find_each_other_and_where_the_first_dies_the_other_names_it()
 STOPS = '''
 import os, signal, sys, tempfile, time
 import numpy as np
-from rlhf_jax import processes
+from rlhf_jax import roll_call
 from rlhf_jax.checkpoint import Checkpoints
 config = processes.ProcessesConfig(sys.argv[1], count=1, index=0)
 with processes.joined(config), Checkpoints(tempfile.mkdtemp()) as checkpoints:
@@ -303,13 +303,13 @@ def test_a_port_that_another_has_is_named():
 @pytest.mark.parametrize('goodbye', [True, False])
 def test_the_others_say_so_where_the_first_is_gone_without_a_goodbye(goodbye, capfd):
   port, deadline = free_port(), time.monotonic() + 10
-  answers = threading.Thread(target=processes._answer, args=(('localhost', port), 1, deadline, 60))
+  answers = threading.Thread(target=roll_call._answer, args=(('localhost', port), 1, deadline, 60))
   answers.start()
-  assert processes._call(port, 2, deadline) == []
+  assert roll_call._call(port, 2, deadline) == []
   answers.join()
   if goodbye:
-    processes._tell(processes._others, processes._GOODBYE)
-  for connection in processes._others:
+    roll_call.say_goodbye()
+  for connection in roll_call._others:
     connection.close()
   for thread in threading.enumerate():
     if thread.name.endswith('(_watch)'):
