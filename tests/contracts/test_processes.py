@@ -176,7 +176,7 @@ def test_processes_find_each_other_and_where_the_first_dies_the_other_names_it()
 STOPS = '''
 import os, signal, sys, tempfile, time
 import numpy as np
-from rlhf_jax import roll_call
+from rlhf_jax import processes
 from rlhf_jax.checkpoint import Checkpoints
 config = processes.ProcessesConfig(sys.argv[1], count=1, index=0)
 with processes.joined(config), Checkpoints(tempfile.mkdtemp()) as checkpoints:
