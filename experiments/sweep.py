@@ -197,9 +197,7 @@ def _run_points(points, make_task, sweep):
   failed = {}
   for number, point in enumerate(points, 1):
     print(f'[{number}/{len(points)}] {point.directory.name}', flush=True)
-    finished = results(point, sweep.stages) is not None
-    processes.meet(f'point {number}')                                           # nobody writes before all have looked
-    if finished:
+    if processes.first_says(results(point, sweep.stages) is not None):
       print('finished before, skipped')
       continue
     try:

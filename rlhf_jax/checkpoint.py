@@ -57,10 +57,7 @@ class Checkpoints:
       self._manager.close()
 
   def latest(self):
-    """The newest complete step, or None. A step that `restore` has found damaged does not count.
-
-    All processes call it, and are told what the first one sees: a shared file system may show them different things.
-    """
+    """The newest complete step, or None. A step that `restore` has found damaged does not count. All processes call it."""
     newest = processes.first_says(max(set(_steps(self.directory)) - set(self._damaged), default=-1))
     return None if newest < 0 else newest
 
@@ -98,14 +95,14 @@ class Checkpoints:
     self.wait()
     if step is not None:
       return _read(self.directory, step, abstract)
-    _newest(self.directory)                                                # says so where there is none at all
-    self._damaged = []
-    while (newest := self.latest()) is not None:
+    self._damaged, newest = [], _newest(self.directory)
+    while newest is not None:
       try:
         return _read(self.directory, newest, abstract)
       except _DamagedError as error:
         warnings.warn(f'{error} Trying the step before it.', stacklevel=2)
         self._damaged.append(newest)
+        newest = self.latest()
     damaged, self._damaged = self._damaged, []
     raise CheckpointError(f'{self.directory} has no step that can be read; steps {damaged} are damaged. Restore the '
                           'directory from a backup, or start again in another one.')
@@ -117,12 +114,11 @@ def restore_part(directory, abstract, step=None):
   The part has the nesting of the whole: {'params': {'backbone': ...}}. Where it is damaged this raises CheckpointError
   and takes no older step by itself: who inherits parameters should know which.
   """
-  step = processes.first_says(_newest(directory)) if step is None else step
-  return _read(directory, step, abstract, part=True)[0]
+  return _read(directory, _newest(directory) if step is None else step, abstract, part=True)[0]
 
 
 def read_meta(directory, step=None):
-  """The `meta` of the newest step, or of the one given."""
+  """The `meta` of the newest step, or of the one given. All processes call it."""
   return _read_record(directory, _newest(directory) if step is None else step)['meta']
 
 
@@ -187,15 +183,21 @@ def _read_record(directory, step):
 def _read(directory, step, abstract, part=False):
   """(tree, meta) of a step, held against its record before reading (is it this model?) and after (is it intact?).
 
-  What one of several processes cannot read is damaged for all of them.
+  What is damaged for one of several processes, or not there, is so for all.
   """
   where, found, error = _absolute(directory) / str(step), None, None
   try:
     found = _read_mine(directory, step, abstract, part)
-  except _DamagedError as damaged:
-    error = damaged
-  if not processes.all_agree(error is None):
-    raise error or _DamagedError(f'Checkpoint {where} is damaged: another process cannot read it.')
+  except CheckpointError as raised:
+    error = raised
+  mine = 0 if error is None else 1 if isinstance(error, _DamagedError) else 2
+  worst = processes.largest(mine)
+  if worst == 1 > mine:
+    raise _DamagedError(f'Checkpoint {where} is damaged: another process cannot read it.')
+  if worst == 2 > mine:
+    raise CheckpointError(f'Checkpoint {where} is of no use to another process. Look at what that one says.')
+  if error is not None:
+    raise error
   tree, record = found
   for name, value in _digests(_leaves(tree)).items():
     if int(value) != record['leaves'][name]['digest']:
@@ -269,7 +271,8 @@ def _steps(directory):
 
 
 def _newest(directory):
-  steps = _steps(directory)
-  if not steps:
+  """The newest step that the first process sees. All call it."""
+  newest = processes.first_says(max(_steps(directory), default=-1))
+  if newest < 0:
     raise CheckpointError(f'{directory} has no complete checkpoint. Run the stage that writes it first.')
-  return steps[-1]
+  return newest

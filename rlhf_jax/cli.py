@@ -137,16 +137,14 @@ def run_stages(experiment, make_task, directory, command=Command()):
   run = prepare(experiment, make_task, directory)
   results = _earlier_results(directory)
   for name in (name for name in _STAGES if name in command.stages):
-    if processes.first_says(run.finished(name)):
+    if run.finished(name):
       results[name] = read_meta(run.checkpoints(name))['evaluation']
       print(f'{name}: finished before, skipped')
     else:
       stage_began = time.monotonic()
       results[name] = _STAGES[name].train(run)
       print(f'{name}: {time.monotonic() - stage_began:.0f} s')
-    exports = command.export and not (run.stage(name) / 'export').exists()
-    processes.meet(f'export {name}')                                            # nobody writes before all have looked
-    if exports:
+    if processes.first_says(command.export and not (run.stage(name) / 'export').exists()):
       _export(run, name)
     if processes.stop_asked():
       raise PreemptedError(f'{name} is finished')

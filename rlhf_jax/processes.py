@@ -89,14 +89,16 @@ def _detected(join_s):
     found = ClusterEnv.auto_detect_unset_distributed_params(os.environ.get('JAX_COORDINATOR_ADDRESS'), None, None, None,
                                                             None, join_s)[:3]
   except RuntimeError as error:                                                 # a host or a service that does not answer
-    raise ProcessError(f'--processes.coordinator auto: {error}.') from error
+    raise ProcessError(f'--processes.coordinator auto: {error}. Look whether that runs.') from error
   except ValueError as error:
-    raise ConfigError(f'--processes.coordinator auto: {error}.') from error
+    raise ConfigError(f'--processes.coordinator auto, but what this cluster says cannot be read ({error}). Look at its '
+                      'variables, or pass HOST:PORT, --processes.count and --processes.index.') from error
   if None in found:
     raise ConfigError('--processes.coordinator auto, but nothing here says how many processes there are. On a TPU pod or '
                       'under SLURM it is found; elsewhere pass HOST:PORT, --processes.count and --processes.index.')
   if not roll_call.is_address(found[0]):
-    raise ConfigError(f'JAX_COORDINATOR_ADDRESS is {found[0]!r}, which is no address. Set it to HOST:PORT, or not at all.')
+    raise ConfigError(f'--processes.coordinator auto finds {found[0]!r}, which is no address. Set JAX_COORDINATOR_ADDRESS '
+                      'to HOST:PORT and JAX_COORDINATOR_PORT to a number, or neither.')
   return found
 
 
@@ -121,13 +123,16 @@ def meet(name):
                        'that did not, and start all of them again.') from error
 
 
-def all_agree(yes):
-  """Whether all processes say yes. All call it."""
-  return bool(multihost_utils.process_allgather(np.array(yes)).all()) if are_several() else yes
+def largest(number):
+  """The largest of the ints that the processes pass. All call it."""
+  return int(multihost_utils.process_allgather(np.int32(number)).max()) if are_several() else number
 
 
 def first_says(number):
-  """The int that the first process passes, in all of them. All call it."""
+  """The int, or truth value, that the first process passes, in all of them. All call it.
+
+  What depends on files is decided so: a shared file system may show processes different things, or one later.
+  """
   return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if are_several() else number
 
 

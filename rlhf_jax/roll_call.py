@@ -21,7 +21,7 @@ _GOODBYE = b'.'
 def is_address(text):
   """Whether it is HOST:PORT."""
   host, _, port = text.rpartition(':')
-  return bool(host) and port.isdigit()
+  return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16
 
 
 def hold(address, count, index, *, join_s, lost_s):
@@ -44,13 +44,7 @@ def hold(address, count, index, *, join_s, lost_s):
 def _call(port, count, deadline):
   """Process 0's side: the indices that are missing, which it tells those that came."""
   came = {}
-  try:
-    both = socket.has_dualstack_ipv6()
-    door = socket.create_server(('', port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
-  except OSError as error:
-    raise ProcessError(f'process 0 cannot listen at port {port} ({error.strerror}). Look for an older run that has it '
-                       'still, or pass another port.') from error
-  with door, contextlib.ExitStack() as stack:
+  with _listen(port) as door, contextlib.ExitStack() as stack:
     while len(came) < count - 1 and (left := deadline - time.monotonic()) > 0:
       door.settimeout(left)
       with contextlib.suppress(OSError, ValueError):                            # what is no process of this run
@@ -64,6 +58,15 @@ def _call(port, count, deadline):
       stack.pop_all()
       _others[:] = came.values()
   return missing
+
+
+def _listen(port):
+  both = socket.has_dualstack_ipv6()
+  try:
+    return socket.create_server(('', port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+  except OSError as error:
+    raise ProcessError(f'process 0 cannot listen at port {port} ({error.strerror}). Look for an older run that has it '
+                       'still, or pass another port.') from error
 
 
 def say_goodbye():
@@ -94,17 +97,28 @@ def _answer(address, index, deadline, lost_s):
 
 
 def _watch(connection, index, lost_s):
-  """Says so where process 0 is gone without a goodbye; JAX ends this process, at once or after `lost_s`.
+  """Says so where process 0 is gone without a goodbye; JAX ends this process at about the same time.
 
-  A host that is switched off, or cut off, closes no connection: its silence is noticed after two thirds of that time.
+  A host that is switched off, or cut off, closes no connection: its silence is noticed after two thirds of `lost_s`, before
+  JAX ends this process for it.
   """
-  connection.settimeout(None)
-  connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-  for name, value in (('TCP_KEEPIDLE', lost_s // 3), ('TCP_KEEPINTVL', lost_s // 6), ('TCP_KEEPCNT', 2)):
-    if hasattr(socket, name):                                                   # not everywhere
-      connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), max(1, value))
-  with contextlib.suppress(OSError):
+  try:
+    _notice_silence(connection, lost_s)
     if connection.recv(1) == _GOODBYE:
       return
-  os.write(2, f'process {index}: process 0 is gone, or cut off from here, and the others end with it. Look at its own '
-              'output, and start all of them again.\n'.encode())
+    what = 'is gone'
+  except ConnectionError:
+    what = 'is gone'
+  except OSError:
+    what = 'has not answered for a while'
+  os.write(2, f'process {index}: process 0 {what}, and the others end with it. Look at its own output, and start all of '
+              'them again.\n'.encode())
+
+
+def _notice_silence(connection, lost_s):
+  """Lets what waits for a connection fail where nothing at its other end answers. Times are in whole seconds."""
+  connection.settimeout(None)
+  connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+  idle = 'TCP_KEEPIDLE' if hasattr(socket, 'TCP_KEEPIDLE') else 'TCP_KEEPALIVE'  # the latter on macOS
+  for name, value in ((idle, lost_s // 3), ('TCP_KEEPINTVL', lost_s // 6), ('TCP_KEEPCNT', 2)):
+    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), max(1, value))

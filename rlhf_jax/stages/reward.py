@@ -85,7 +85,7 @@ def loss(run):
 
 def restore(run):
   """Parameters of the finished stage, on this run's devices; None where the run has no reward model."""
-  if not run.checkpoints(NAME).exists():
+  if not processes.first_says(run.checkpoints(NAME).exists()):
     return None
   run.require(NAME)
   abstract = {'params': run.runner.abstract(lambda: initial_params(run.reward, jax.random.key(0)))}
@@ -107,9 +107,7 @@ def _scored(run, score, params, collated):
 def _comparisons(run):
   """The task's comparisons. What it made by asking the SFT policy is written down, so that a resumed run reads the same."""
   path = run.stage(NAME) / 'comparisons.jsonl'
-  absent = not path.exists()
-  processes.meet('comparisons')                                                 # nobody writes before all have looked
-  if absent:
+  if not processes.first_says(path.exists()):
     ready = functools.lru_cache(lambda: functools.partial(compile_ask(run), sft.restore(run)))
     made = run.task.comparisons(lambda examples, samples: ready()(examples, run.experiment.seed + 1, samples))
     processes.once('comparisons made', functools.partial(_write, path, made))

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf_jax import processes
 from rlhf_jax.checkpoint import read_meta
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.examples import Example
@@ -61,9 +62,10 @@ class Run:
   def finished(self, name):
     """Whether the stage of that name is: its newest checkpoint can be read, and is its last."""
     try:
-      return bool(read_meta(self.checkpoints(name)).get('finished'))
+      finished = bool(read_meta(self.checkpoints(name)).get('finished'))
     except CheckpointError:                                                     # none yet, or damaged: it goes on
-      return False
+      finished = False
+    return bool(processes.first_says(finished))
 
   def require(self, name):
     """CheckpointError where the stage of that name is not finished: what it left is half trained, or nothing."""

@@ -202,7 +202,7 @@ RESTORES = '''
 import os, pathlib, sys, warnings
 import jax
 import jax.numpy as jnp
-from rlhf_jax import processes, runners
+from rlhf_jax import checkpoint, cli, processes, runners
 from rlhf_jax.checkpoint import Checkpoints
 address, index, directory, damaged = sys.argv[1:]
 with processes.joined(processes.ProcessesConfig(address, count=2, index=int(index))):
@@ -211,6 +211,11 @@ with processes.joined(processes.ProcessesConfig(address, count=2, index=int(inde
   with Checkpoints(directory) as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, runner.initialise(lambda: make(step)), {"step": step})
+  if damaged == "late":
+    seen = checkpoint._steps
+    checkpoint._steps = lambda directory: [step for step in seen(directory) if step < 2 or index == "0"]
+    with Checkpoints(directory) as checkpoints, cli.clear_exits():
+      checkpoints.restore(runner.abstract(make, 1))
   if index == "0":
     os.truncate(max(pathlib.Path(directory, "2").glob(damaged), key=os.path.getsize), 100)
   processes.meet("damaged")
@@ -235,6 +240,14 @@ def test_what_one_process_cannot_read_none_takes(damaged, says, other_says, tmp_
   assert [status for status, _ in found] == [0, 0], found
   for (_, said), expected in zip(found, (says, other_says)):
     assert f'2 is damaged: {expected}' in said and 'Trying the step before it.' in said
+
+
+def test_a_step_that_one_process_does_not_see_yet_ends_both_and_stays(tmp_path):
+  address = f'127.0.0.1:{free_port()}'
+  found = ends([python(RESTORES, address, str(index), str(tmp_path), 'late') for index in range(2)], timeout=60)
+  assert [status for status, _ in found] == [2, 2], found
+  assert 'process 0: CheckpointError: Checkpoint ' in found[0][1] and '2 is of no use to another process' in found[0][1]
+  assert 'has no complete step 2. It has [1]' in found[1][1] and (tmp_path / '2').exists()
 
 
 FAILS = '''
@@ -294,18 +307,22 @@ def test_who_does_not_join_is_named_where_the_cluster_says_how_many_there_are(mo
 
 
 def test_a_port_that_another_has_is_named():
-  with socket.create_server(('', 0)) as door:
+  with roll_call._listen(0) as door:
     port = door.getsockname()[1]
     raised = calls([ProcessesConfig(f'127.0.0.1:{port}', count=2, index=0, join_s=1)])
   assert raised[0].startswith(f'process 0 cannot listen at port {port} (Address already in use')
 
 
+@pytest.mark.parametrize('host', ['127.0.0.1', pytest.param('[::1]', marks=pytest.mark.skipif(
+  not socket.has_dualstack_ipv6(), reason='no IPv6 here'))])
 @pytest.mark.parametrize('goodbye', [True, False])
-def test_the_others_say_so_where_the_first_is_gone_without_a_goodbye(goodbye, capfd):
-  port, deadline = free_port(), time.monotonic() + 10
-  answers = threading.Thread(target=roll_call._answer, args=(('localhost', port), 1, deadline, 60))
+def test_the_others_say_so_where_the_first_is_gone_without_a_goodbye(goodbye, host, capfd, monkeypatch):
+  address, noticed = f'{host}:{free_port()}', []
+  notice = roll_call._notice_silence
+  monkeypatch.setattr(roll_call, '_notice_silence', lambda *args: notice(*args) or noticed.append(args[0]))
+  answers = threading.Thread(target=roll_call.hold, args=(address, 2, 1), kwargs={'join_s': 10, 'lost_s': 60})
   answers.start()
-  assert roll_call._call(port, 2, deadline) == []
+  roll_call.hold(address, 2, 0, join_s=10, lost_s=60)
   answers.join()
   if goodbye:
     roll_call.say_goodbye()
@@ -315,6 +332,11 @@ def test_the_others_say_so_where_the_first_is_gone_without_a_goodbye(goodbye, ca
     if thread.name.endswith('(_watch)'):
       thread.join(10)
   assert ('process 1: process 0 is gone' in capfd.readouterr().err) == (not goodbye)
+  assert noticed[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+  if hasattr(socket, 'TCP_KEEPIDLE'):
+    settings = (noticed[0].getsockopt(socket.IPPROTO_TCP, getattr(socket, f'TCP_KEEP{name}'))
+                for name in ('IDLE', 'INTVL', 'CNT'))
+    assert list(settings) == [20, 10, 2]                                        # 40 s in all, of 60
 
 
 def test_who_waits_in_vain_asks_to_be_started_again(capsys):
@@ -337,10 +359,22 @@ def test_a_first_process_that_is_not_there_is_named_with_its_address():
   ({'coordinator': 'here:1', 'count': 2, 'index': 2}, '--processes.index 2 of --processes.count 2'),
   ({'coordinator': 'here', 'count': 2, 'index': 1}, "'here' is no address"),
   ({'coordinator': ':80', 'count': 2, 'index': 1}, "':80' is no address"),
+  ({'coordinator': 'here:70000', 'count': 2, 'index': 1}, "'here:70000' is no address"),
 ])
 def test_bad_settings(settings, message):
   with pytest.raises(ConfigError, match=message):
     ProcessesConfig(**settings)
+
+
+@pytest.mark.parametrize('variable, value, message', [
+  ('JAX_COORDINATOR_PORT', 'abc', "auto finds '127.0.0.1:abc', which is no address. Set JAX_COORDINATOR_ADDRESS"),
+  ('SLURM_NTASKS', 'two', "auto, but what this cluster says cannot be read .*'two'.*Look at its variables"),
+])
+def test_what_a_cluster_says_wrongly(variable, value, message, monkeypatch):
+  for name, said in (slurm(0, 2, 80) | {variable: value}).items():
+    monkeypatch.setenv(name, said)
+  with pytest.raises(ConfigError, match=message), joined(ProcessesConfig('auto', join_s=1)):
+    pass
 
 
 def test_nothing_to_detect(tmp_path):
