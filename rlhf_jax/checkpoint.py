@@ -19,13 +19,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rlhf_jax import processes
-from rlhf_jax.errors import CheckpointError, ConfigError
+from rlhf_jax.errors import CheckpointError, ConfigError, DamagedError
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-
-
-class _DamagedError(CheckpointError):
-  """A step whose bytes are not those that were saved; an older one may do."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -99,7 +95,7 @@ class Checkpoints:
     while newest is not None:
       try:
         return _read(self.directory, newest, abstract)
-      except _DamagedError as error:
+      except DamagedError as error:
         warnings.warn(f'{error} Trying the step before it.', stacklevel=2)
         self._damaged.append(newest)
         newest = self.latest()
@@ -174,9 +170,9 @@ def _read_record(directory, step):
     record = ocp.JsonCheckpointHandler().restore(where / 'record')
     intact = record['checksum'] == _checksum(record)
   except (OSError, ValueError, KeyError) as error:
-    raise _DamagedError(f'Checkpoint {where} is damaged: its record cannot be read ({error}).') from error
+    raise DamagedError(f'Checkpoint {where} is damaged: its record cannot be read ({error}).') from error
   if not intact:
-    raise _DamagedError(f'Checkpoint {where} is damaged: its record is not the one that was written.')
+    raise DamagedError(f'Checkpoint {where} is damaged: its record is not the one that was written.')
   return record
 
 
@@ -190,10 +186,10 @@ def _read(directory, step, abstract, part=False):
     found = _read_mine(directory, step, abstract, part)
   except CheckpointError as raised:
     error = raised
-  mine = 0 if error is None else 1 if isinstance(error, _DamagedError) else 2
+  mine = 0 if error is None else 1 if isinstance(error, DamagedError) else 2
   worst = processes.largest(mine)
   if worst == 1 > mine:
-    raise _DamagedError(f'Checkpoint {where} is damaged: another process cannot read it.')
+    raise DamagedError(f'Checkpoint {where} is damaged: another process cannot read it.')
   if worst == 2 > mine:
     raise CheckpointError(f'Checkpoint {where} is of no use to another process. Look at what that one says.')
   if error is not None:
@@ -201,7 +197,7 @@ def _read(directory, step, abstract, part=False):
   tree, record = found
   for name, value in _digests(_leaves(tree)).items():
     if int(value) != record['leaves'][name]['digest']:
-      raise _DamagedError(f'Checkpoint {where} is damaged: {name} has other bits than were saved.')
+      raise DamagedError(f'Checkpoint {where} is damaged: {name} has other bits than were saved.')
   return tree, record['meta']
 
 
@@ -218,7 +214,7 @@ def _read_mine(directory, step, abstract, part):
     # Names, shapes and shardings were right, so it is the file. Orbax has a bare Exception for a truncated one.
     if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError)):
       raise
-    raise _DamagedError(f'Checkpoint {where} is damaged: it cannot be read ({_short(error)}).') from error
+    raise DamagedError(f'Checkpoint {where} is damaged: it cannot be read ({_short(error)}).') from error
 
 
 def _check_same_model(where, saved, wanted, part):

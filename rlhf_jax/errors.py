@@ -23,6 +23,10 @@ class CheckpointError(RlhfJaxError):
   """Saved parameters that are missing, damaged, or of another model."""
 
 
+class DamagedError(CheckpointError):
+  """A checkpoint whose bytes are not those that were saved; an older one may do."""
+
+
 class ShardingError(RlhfJaxError):
   """Sizes that a mesh does not divide, or an array that no partition rule covers."""
 

@@ -26,7 +26,8 @@ from rlhf_jax.model.partition import batch_parts, constrain
 from rlhf_jax.records import Prompts, Rollout
 
 # The cache grows in so many steps to the length limit, of about this many tokens at least: less is read while answers are
-# short, more is compiled, and at each step both caches are there. So it must spare this share of what is read at least.
+# short, but more is compiled, and on a TPU a part of the shorter cache is still there when the longer one is. So it must
+# spare this share of what is read at least.
 _RINGS, _RING_TOKENS, _LEAST_SPARED = 4, 16, 0.1
 _REFILLS = 4  # a refill waits until one slot in so many is free: fewer prefills, against slots that idle
 

@@ -88,7 +88,7 @@ def _detected(join_s):
   try:
     found = ClusterEnv.auto_detect_unset_distributed_params(os.environ.get('JAX_COORDINATOR_ADDRESS'), None, None, None,
                                                             None, join_s)[:3]
-  except RuntimeError as error:                                                 # a host or a service that does not answer
+  except (RuntimeError, OSError) as error:                                      # a host or a service that does not answer
     raise ProcessError(f'--processes.coordinator auto: {error}. Look whether that runs.') from error
   except ValueError as error:
     raise ConfigError(f'--processes.coordinator auto, but what this cluster says cannot be read ({error}). Look at its '

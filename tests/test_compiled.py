@@ -101,20 +101,21 @@ def test_a_loop_is_so_often_its_body():
 
 
 def operations(window=None, gradient=False):
-  """(all, repeated) of a kernel: 2 sequences, 4 heads on 2, 1024 tokens, head width 64."""
-  q, k = (jax.ShapeDtypeStruct((2, n, 1024, 64), 'bfloat16') for n in (4, 2))
+  """(all, repeated) of a kernel: 2 sequences, 4 heads on 2, 4096 tokens, head width 64."""
+  q, k = (jax.ShapeDtypeStruct((2, n, 4096, 64), 'bfloat16') for n in (4, 2))
   total = lambda q, k, v, s: attend(q.swapaxes(1, 2), k, v, Causal(s, window=window), 'splash').astype(jnp.float32).sum()
   fn = jax.grad(total, argnums=(0, 1, 2)) if gradient else total
-  return compiled.flops(jax.jit(fn).trace(q, k, k, jax.ShapeDtypeStruct((2, 1024), 'int32')).jaxpr.jaxpr)
+  return compiled.flops(jax.jit(fn).trace(q, k, k, jax.ShapeDtypeStruct((2, 4096), 'int32')).jaxpr.jaxpr)
 
 
-@pytest.mark.parametrize('window', [None, 300])
-def test_operations_of_a_kernel(window):
+@pytest.mark.parametrize('window, computed', [(None, 8 * 9 / 2), (1200, 1 + 2 + 3 + 5 * 4)])
+def test_operations_of_a_kernel(window, computed):
   """It computes blocks of 512 x 512 as a whole, of which some pair is seen."""
-  slot = np.arange(1024)
+  slot = np.arange(4096)
   age = slot[:, None] - slot
-  seen = (age >= 0) & (age < (window or 1024))
-  blocks = seen.reshape(2, 512, 2, 512).any((1, 3)).sum()
+  seen = (age >= 0) & (age < (window or 4096))
+  blocks = seen.reshape(8, 512, 8, 512).any((1, 3)).sum()
+  assert blocks == computed
   every, repeated = operations(window)
   assert (every, repeated) == (2 * 4 * 4 * 64 * 512 * 512 * blocks, 0)
   with_gradient, again = operations(window, gradient=True)                      # 2 products, then 7, of them 3 again

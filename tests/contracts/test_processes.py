@@ -200,10 +200,10 @@ def test_a_save_between_two_questions_hides_no_signal():
 
 # Two processes save two steps, the newer of which is damaged before both restore.
 RESTORES = '''
-import os, pathlib, sys, warnings
+import os, pathlib, shutil, sys, warnings
 import jax
 import jax.numpy as jnp
-from rlhf_jax import checkpoint, cli, processes, runners
+from rlhf_jax import cli, processes, runners
 from rlhf_jax.checkpoint import Checkpoints
 address, index, directory, damaged = sys.argv[1:]
 with processes.joined(processes.ProcessesConfig(address, count=2, index=int(index))):
@@ -213,8 +213,10 @@ with processes.joined(processes.ProcessesConfig(address, count=2, index=int(inde
     for step in (1, 2):
       checkpoints.save(step, runner.initialise(lambda: make(step)), {"step": step})
   if damaged == "late":
-    seen = checkpoint._steps
-    checkpoint._steps = lambda directory: [step for step in seen(directory) if step < 2 or index == "0"]
+    processes.meet("saved")
+    if index == "1":
+      directory = shutil.copytree(directory, directory + " as it was", ignore=shutil.ignore_patterns("2"))
+    processes.meet("copied")
     with Checkpoints(directory) as checkpoints, cli.clear_exits():
       checkpoints.restore(runner.abstract(make, 1))
   if index == "0":
@@ -245,10 +247,11 @@ def test_what_one_process_cannot_read_none_takes(damaged, says, other_says, tmp_
 
 def test_a_step_that_one_process_does_not_see_yet_ends_both_and_stays(tmp_path):
   address = f'127.0.0.1:{free_port()}'
-  found = ends([python(RESTORES, address, str(index), str(tmp_path), 'late') for index in range(2)], timeout=60)
+  directory = tmp_path / 'run'
+  found = ends([python(RESTORES, address, str(index), str(directory), 'late') for index in range(2)], timeout=60)
   assert [status for status, _ in found] == [2, 2], found
   assert 'process 0: CheckpointError: Checkpoint ' in found[0][1] and '2 is of no use to another process' in found[0][1]
-  assert 'has no complete step 2. It has [1]' in found[1][1] and (tmp_path / '2').exists()
+  assert 'has no complete step 2. It has [1]' in found[1][1] and (directory / '2').exists()
 
 
 FAILS = '''
