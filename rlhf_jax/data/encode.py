@@ -1,10 +1,19 @@
-"""Examples to token rows, within length limits; what is too long is skipped or truncated, and counted."""
+"""Examples to token rows, within length limits; what is left out or cut is counted, and why.
+
+All of a source is encoded at once, many texts at a time, so that the tokenizer uses all cores; `kept_rows.py` keeps the
+result. A prompt that is too long loses its earliest turns before it is cut within one.
+"""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
-from rlhf_jax.data.text import dialogue_tokens, prompt_text, prompt_tokens
+from rlhf_jax.data.chat import Chat
+from rlhf_jax.data.examples import Answer, Example, Turn
 from rlhf_jax.errors import DataError
+
+_AT_ONCE = 1024  # examples between two signs of progress
+ADVICE = 'Mend or drop the row, or pass --data.skip-bad-rows.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,20 +21,20 @@ class Limits:
   """How many tokens a sequence may have, and what becomes of longer ones."""
   prompt_tokens: int = 128  # most tokens of a prompt, P
   response_tokens: int = 128  # most tokens of a response, R, the end token included
-  too_long: Literal['skip', 'truncate'] = 'skip'  # truncate: keeps the end of a prompt and the start of a response
+  too_long: Literal['skip', 'truncate'] = 'skip'  # truncate: drops a prompt's earliest turns, keeps a response's start
 
   @property
-  def tokens(self):
+  def tokens(self) -> int:
     """Most tokens of prompt and response together, T."""
     return self.prompt_tokens + self.response_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One sequence: ids, and which of them the assistant wrote."""
+  """One sequence: ids, which of them the assistant wrote, and the number of its example."""
   ids: list[int]
   mask: list[bool]
-  asked: str = ''  # of a prompt alone: its whole text, also where the ids are cut
+  example: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,56 +42,265 @@ class RankedRows:
   """C sequences of one prompt, and their ranks."""
   rows: list[Row]
   ranks: list[int]
+  example: int = -1
 
 
-def demonstrations(examples, tokenizer, limits):
-  """(Rows of the first response of each example, how many were too long and skipped)."""
-  return _encoded(examples, limits, lambda example: _row(example, example.responses[0], tokenizer, limits))
+@dataclasses.dataclass
+class Counts:
+  """What became of the examples. `first_refusal` is the message of the first that could not be encoded."""
+  examples: int = 0
+  too_long: int = 0  # left out
+  truncated: int = 0  # prompt or response cut to the limits
+  refused: int = 0  # left out: the template or the tokenizer cannot say them
+  equal: int = 0  # comparisons left out: their responses became the same tokens
+  apart: int = 0  # earlier turns trained in a row of their own
+  untrained: int = 0  # earlier turns that could not be
+  first_refusal: str = ''
+
+  def sentences(self) -> list[str]:
+    """What there is to say, a sentence each."""
+    of = f'of {self.examples:,} examples'
+    said = [
+      (self.too_long, f'{self.too_long:,} {of} are longer than --data.limits allow, and are skipped'),
+      (self.truncated, f'{self.truncated:,} {of} are longer than --data.limits allow, and are truncated'),
+      (self.refused, f'{self.refused:,} {of} cannot be encoded, and are skipped; the first: {self.first_refusal}'),
+      (self.equal, f'{self.equal:,} {of} have responses that became the same tokens, and are skipped'),
+      (self.apart, f'{self.apart:,} earlier turns of the assistant are trained in rows of their own, since the chat '
+                   'template renders them differently once others follow'),
+      (self.untrained, f'{self.untrained:,} earlier turns of the assistant are not trained, since the chat template does '
+                       'not say where they stand'),
+    ]
+    return [sentence for count, sentence in said if count]
+
+  def __add__(self, other: 'Counts') -> 'Counts':
+    numbers = {field.name: getattr(self, field.name) + getattr(other, field.name)
+               for field in dataclasses.fields(self) if field.name != 'first_refusal'}
+    return Counts(**numbers, first_refusal=self.first_refusal or other.first_refusal)
 
 
-def comparisons(examples, tokenizer, limits):
-  """(RankedRows, how many were too long and skipped): an example is skipped if any of its responses is too long."""
-  def ranked(example):
-    rows = [_row(example, response, tokenizer, limits) for response in example.responses]
-    return None if None in rows else RankedRows(rows, list(example.ranks))
-  return _encoded(examples, limits, ranked)
+class Encoded(NamedTuple):
+  """Rows in the order of their examples, and what became of all."""
+  rows: list
+  counts: Counts
 
 
-def prompts(examples, tokenizer, limits):
-  """(Rows of prompts alone, how many were too long and skipped)."""
-  def row(example):
-    whole = prompt_tokens(tokenizer, example.prompt)
-    ids = _cut_prompt(whole, limits)
-    return None if ids is None else Row(ids, [False] * len(ids), prompt_text(tokenizer, whole))
-  return _encoded(examples, limits, row)
+Progress = Callable[[int, int], None]  # (examples done, all)
 
 
-def _encoded(examples, limits, encode):
-  found = [encode(example) for example in examples]
-  kept = [row for row in found if row is not None]
-  if not kept:
-    raise DataError(f'none of {len(found)} examples fits into {limits.prompt_tokens} prompt and {limits.response_tokens} '
-                    'response tokens. Raise --data.limits.prompt-tokens and --data.limits.response-tokens, or pass '
-                    '--data.limits.too-long truncate.' if found else 'there are no examples. Check the data path.')
-  return kept, len(found) - len(kept)
+def demonstrations(examples: Sequence[Example], chat: Chat, limits: Limits, *, skip_bad_rows: bool = False,
+                   progress: Progress | None = None) -> Encoded:
+  """Rows of the first response of each example; more than one where earlier turns need rows of their own.
+
+  Raises DataError for an example that cannot be encoded, unless `skip_bad_rows`, and where no row is left.
+  """
+  return _encoded(examples, chat, limits, skip_bad_rows, progress, _demonstration_rows)
 
 
-def _row(example, response, tokenizer, limits):
-  ids, mask = dialogue_tokens(tokenizer, example.prompt, response)
-  start = len(ids) - _trailing(mask)
-  prompt = _cut_prompt(ids[:start], limits)
-  if prompt is None or (limits.too_long == 'skip' and len(ids) - start > limits.response_tokens):
+def comparisons(examples: Sequence[Example], chat: Chat, limits: Limits, *, skip_bad_rows: bool = False,
+                progress: Progress | None = None) -> Encoded:
+  """RankedRows; an example is left out with any of its responses. An `Answer` keeps the ids that were sampled.
+
+  Of responses that become the same tokens the best ranked stays. Raises as `demonstrations` does.
+  """
+  return _encoded(examples, chat, limits, skip_bad_rows, progress, _comparison_rows)
+
+
+def prompts(examples: Sequence[Example], chat: Chat, limits: Limits, *, skip_bad_rows: bool = False,
+            progress: Progress | None = None) -> Encoded:
+  """Rows of prompts alone. Raises as `demonstrations` does."""
+  return _encoded(examples, chat, limits, skip_bad_rows, progress, _prompt_rows)
+
+
+def _encoded(examples, chat, limits, skip_bad_rows, progress, make_rows):
+  rows, counts = [], Counts(len(examples))
+  for first in range(0, len(examples), _AT_ONCE):
+    some = range(first, min(first + _AT_ONCE, len(examples)))
+    batch = _Batch(examples, some, chat, limits, skip_bad_rows, counts)
+    rows += make_rows(batch, batch.asked())
+    if progress is not None:
+      progress(some.stop, len(examples))
+  if examples and not rows:
+    raise DataError(f'none of {len(examples)} examples fits into {limits.prompt_tokens} prompt and '
+                    f'{limits.response_tokens} response tokens. Raise --data.limits.prompt-tokens and '
+                    '--data.limits.response-tokens, or pass --data.limits.too-long truncate.' if counts.too_long else
+                    f'none of {len(examples)} examples can be encoded. {"; ".join(counts.sentences())}')
+  if not rows:
+    raise DataError('there are no examples. Check the data path.')
+  return Encoded(rows, counts)
+
+
+# ---- what a stage takes of a batch whose prompts fit
+
+def _demonstration_rows(batch, asked):
+  spoken = {number: (*turns, Turn('assistant', batch.examples[number].responses[0]))
+            for number, (turns, _) in asked.items()}
+  rows, alone = {}, []
+  for number, found in batch.conversations(spoken, earlier=True):
+    rows[number] = [batch.row(number, asked[number][1], found)]
+    alone += [(number, spoken[number][:turn + 1]) for turn in found.apart]
+  for number, row in batch.rows_apart(alone):
+    rows[number].append(row)
+  return [row for number in sorted(rows) for row in rows[number] if row is not None]
+
+
+def _comparison_rows(batch, asked):
+  spoken = {(number, which): (*turns, Turn('assistant', response)) for number, (turns, _) in asked.items()
+            for which, response in enumerate(batch.examples[number].responses) if not isinstance(response, Answer)}
+  found = {key: batch.row(key[0], asked[key[0]][1], conversation)
+           for key, conversation in batch.conversations(spoken, earlier=False)}
+  ranked = []
+  for number, (_, prompt) in asked.items():
+    example = batch.examples[number]
+    rows = [batch.answered(number, prompt, response) if isinstance(response, Answer) else found.get((number, which))
+            for which, response in enumerate(example.responses)]
+    if None not in rows:
+      ranked.append(_distinct(RankedRows(rows, list(example.ranks), number)))
+  batch.counts.equal += ranked.count(None)
+  return [each for each in ranked if each is not None]
+
+
+def _distinct(ranked):
+  """Without the responses that are the same tokens as one of a better rank; None where nothing is left to compare."""
+  best = {}
+  for row, rank in sorted(zip(ranked.rows, ranked.ranks), key=lambda pair: pair[1]):
+    best.setdefault(tuple(row.ids), rank)
+  if len(best) == len(ranked.rows):
+    return ranked
+  kept, seen = [], set()
+  for row, rank in zip(ranked.rows, ranked.ranks):
+    ids = tuple(row.ids)
+    if rank == best[ids] and ids not in seen:
+      kept.append((row, rank))
+      seen.add(ids)
+  if len({rank for _, rank in kept}) < 2:
     return None
-  return Row(prompt + ids[start:start + limits.response_tokens],
-             mask[start - len(prompt):start] + mask[start:start + limits.response_tokens])
+  return RankedRows([row for row, _ in kept], [rank for _, rank in kept], ranked.example)
 
 
-def _trailing(mask):
-  """How many True a mask ends with: the tokens of the last response."""
-  return next((i for i, written in enumerate(reversed(mask)) if not written), len(mask))
+def _prompt_rows(batch, asked):
+  return [Row(ids, [False] * len(ids), number) for number, (_, ids) in asked.items()]
 
 
-def _cut_prompt(ids, limits):
-  if len(ids) <= limits.prompt_tokens:
+@dataclasses.dataclass
+class _Batch:
+  """Some of the examples, by their numbers, on the way to rows."""
+  examples: Sequence[Example]
+  numbers: range
+  chat: Chat
+  limits: Limits
+  skip_bad_rows: bool
+  counts: Counts
+  cut: set[int] = dataclasses.field(default_factory=set)  # numbers of those that are truncated
+  left_out: set[int] = dataclasses.field(default_factory=set)
+
+  def asked(self):
+    """{number: (turns, ids) of a prompt within the limits}; what has none is counted."""
+    found = self.chat.prompts([self.examples[number].prompt for number in self.numbers])
+    asked = {}
+    for number, ids in zip(self.numbers, found):
+      turns = self.examples[number].prompt
+      if isinstance(ids, DataError):
+        self._refuse(number, ids)
+      elif len(ids) <= self.limits.prompt_tokens:
+        asked[number] = turns, ids
+      elif self.limits.too_long == 'truncate':
+        asked[number] = self._shortened(turns, ids)
+        self._truncate(number)
+      else:
+        self._leave_out(number)
+    return asked
+
+  def _shortened(self, turns, ids):
+    """(turns, ids) of a prompt with its earliest turns left out; cut within the last turn where that is not enough.
+
+    The system turn stays as long as it fits beside the last one, the begin token always.
+    """
+    for shorter in _without_beginnings(turns):
+      found = self.chat.prompts([shorter])[0]
+      if not isinstance(found, DataError):
+        turns, ids = shorter, found
+        if len(ids) <= self.limits.prompt_tokens:
+          break
+    return turns, _cut(ids, self.limits.prompt_tokens, self.chat.begin_token)
+
+  def conversations(self, spoken, earlier):
+    """(key, Conversation) of what can be one; a key is a number, or starts with one."""
+    for key, found in zip(spoken, self.chat.conversations(spoken.values(), earlier=earlier)):
+      if isinstance(found, DataError):
+        self._refuse(key if isinstance(key, int) else key[0], found)
+      else:
+        yield key, found
+
+  def row(self, number, prompt, conversation):
+    """The Row of a conversation whose prompt is cut to the ids `prompt`; None where its response is too long."""
+    start, length = conversation.start, len(conversation.ids)
+    if length - start > self.limits.response_tokens:
+      if self.limits.too_long == 'skip':
+        self._leave_out(number)
+        return None
+      self._truncate(number)
+    stop = min(length, start + self.limits.response_tokens)
+    ids, mask = conversation.ids, conversation.mask
+    if start <= self.limits.prompt_tokens:
+      return Row(ids[:stop], mask[:stop], number)
+    behind = len(prompt) - (prompt[:1] == [self.chat.begin_token])                # where the cut prompt goes on
+    first = start - behind
+    return Row([*prompt[:len(prompt) - behind], *ids[first:stop]],
+               [*mask[:len(prompt) - behind], *mask[first:stop]], number)
+
+  def rows_apart(self, alone):
+    """(number, Row) of earlier turns, each behind its own history; what cannot be one is counted."""
+    asked = self.chat.prompts([turns[:-1] for _, turns in alone])
+    found = self.chat.conversations([turns for _, turns in alone], earlier=False)
+    for (number, turns), prompt, conversation in zip(alone, asked, found):
+      if isinstance(prompt, DataError) or isinstance(conversation, DataError):
+        self.counts.untrained += 1
+        continue
+      if len(prompt) > self.limits.prompt_tokens:
+        if self.limits.too_long == 'skip':
+          self.counts.untrained += 1
+          continue
+        history, prompt = self._shortened(turns[:-1], prompt)
+        conversation = self.chat.conversations([(*history, turns[-1])], earlier=False)[0]
+      row = None if isinstance(conversation, DataError) else self.row(number, prompt, conversation)
+      self.counts.apart += row is not None
+      self.counts.untrained += row is None
+      yield number, row
+
+  def answered(self, number, prompt, answer):
+    """The Row of an answer that a policy gave to that prompt, as the ids that were sampled."""
+    ids = list(answer.ids[:self.limits.response_tokens])
+    return Row([*prompt, *ids], [False] * len(prompt) + [True] * len(ids), number)
+
+  def _refuse(self, number, error):
+    message = f'{self.examples[number].place or f"example {number + 1}"}: {error} {ADVICE}'
+    if not self.skip_bad_rows:
+      raise DataError(message) from error
+    self.counts.refused += number not in self.left_out
+    self.left_out.add(number)
+    self.counts.first_refusal = self.counts.first_refusal or message
+
+  def _truncate(self, number):
+    self.counts.truncated += number not in self.cut
+    self.cut.add(number)
+
+  def _leave_out(self, number):
+    self.counts.too_long += number not in self.left_out
+    self.left_out.add(number)
+
+
+def _without_beginnings(turns):
+  """The turns without their earliest ones, fewer and fewer, each time beginning with a user's; the last time without the
+  system turn too."""
+  system = turns[:1] if turns[0].role == 'system' else ()
+  starts = [i for i, turn in enumerate(turns) if turn.role == 'user' and i > len(system)]
+  yield from ((*system, *turns[start:]) for start in starts)
+  if system:
+    yield turns[starts[-1] if starts else 1:]
+
+
+def _cut(ids, limit, begin):
+  """The last `limit` ids, of which the first is the begin token where there was one."""
+  if len(ids) <= limit:
     return ids
-  return ids[-limits.prompt_tokens:] if limits.too_long == 'truncate' else None
+  return [begin, *ids[len(ids) - limit + 1:]] if ids[0] == begin and limit > 1 else ids[-limit:]

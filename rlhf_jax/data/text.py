@@ -1,7 +1,6 @@
-"""Text to tokens: tokenizers from a directory, a hub id or trained on the spot; chat templates; masks; padding.
+"""Tokenizers, from a directory, a hub id or trained on the spot; the chat templates that we bring; padding.
 
-A prompt is what the template gives with the invitation to answer; a response is what follows it, up to the end token. The
-two are tokenized apart, as they are when a policy writes the response, so SFT, reward model and PPO see the same tokens.
+Next: `chat.py`, which makes tokens of conversations.
 """
 
 import pathlib
@@ -9,7 +8,6 @@ import re
 
 import numpy as np
 
-from rlhf_jax.data.examples import Turn
 from rlhf_jax.errors import ConfigError, DataError
 
 # The transcript form of Anthropic's HH data, for tokenizers that bring no template of their own.
@@ -55,8 +53,7 @@ def train_tokenizer(texts, vocab_size):
 def load_tokenizer(path):
   """The tokenizer of a local directory or hub id; one without a chat template gets the transcript template.
 
-  Raises DataError where there is none, ConfigError where it has no end token. Without a pad token, padding is its end
-  token's id: harmless here, since padding is always masked and never trained on.
+  Raises DataError where there is none, ConfigError where it has no end token.
   """
   import transformers
   try:
@@ -68,8 +65,18 @@ def load_tokenizer(path):
     raise ConfigError(f'the tokenizer of {str(path)!r} has no end token, so no response could end. Set eos_token in its '
                       'tokenizer_config.json.')
   if tokenizer.chat_template is None:
-    tokenizer.chat_template = TRANSCRIPT_TEMPLATE
+    tokenizer.chat_template = with_begin(TRANSCRIPT_TEMPLATE, tokenizer)
   return tokenizer
+
+
+def with_begin(template, tokenizer):
+  """A template that is not the tokenizer's own, with the begin token in front where the tokenizer puts it before a text.
+
+  Models of such tokenizers (Llama, Mistral) have never seen a text without it.
+  """
+  ids = tokenizer('a')['input_ids']
+  begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+  return '{{ bos_token }}' + template if begins and 'bos_token' not in template else template
 
 
 def pad_token(tokenizer):
@@ -96,65 +103,6 @@ def check_tokens(tokens, vocab_size, what='tokens'):
   if bad.size:
     raise DataError(f'{what} hold the id {bad[0]}, outside the vocabulary of {vocab_size} (ids 0 to {vocab_size - 1}). '
                     'The tokenizer does not belong to this model.')
-
-
-def prompt_tokens(tokenizer, turns):
-  """Ids of a prompt, with the template's invitation to answer at the end."""
-  return _tokenize(tokenizer, _render(tokenizer, turns, invite=True))
-
-
-def dialogue_tokens(tokenizer, turns, response):
-  """(ids, mask) of a prompt with its response: the mask is True on every assistant turn, end tokens included.
-
-  The response is tokenized apart from the prompt, as a policy writes it, and ends with its first end token. Raises
-  DataError where the template renders the prompt differently once a response follows.
-  """
-  prompt = _render(tokenizer, turns, invite=True)
-  whole = _render(tokenizer, [*turns, Turn('assistant', response)])
-  if not whole.startswith(prompt):
-    raise DataError(f'the chat template renders the prompt {turns[-1].text[-60:]!r} differently once a response follows, so '
-                    'the policy would be trained on other text than it sees. Use a template that only appends.')
-  prompt_ids, end = _tokenize(tokenizer, prompt), tokenizer.eos_token_id
-  response_ids = _tokenize(tokenizer, whole[len(prompt):])
-  response_ids = response_ids[:response_ids.index(end)] if end in response_ids else response_ids
-  mask = _earlier_turns(tokenizer, turns, prompt, len(prompt_ids)) + [True] * (len(response_ids) + 1)
-  return prompt_ids + response_ids + [end], mask
-
-
-def response_text(tokenizer, ids):
-  """What the tokens of a response say: special tokens left out."""
-  return tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
-
-
-def _render(tokenizer, turns, invite=False):
-  messages = [{'role': turn.role, 'content': turn.text} for turn in turns]
-  return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=invite)
-
-
-def _tokenize(tokenizer, text):
-  return tokenizer(text, add_special_tokens=False)['input_ids']
-
-
-def _earlier_turns(tokenizer, turns, prompt, count):
-  """Which of the `count` tokens of a rendered prompt the assistant wrote, in turns before the one asked for."""
-  written = [i for i, turn in enumerate(turns) if turn.role == 'assistant']
-  if not written:
-    return [False] * count
-  spans = [(len(_render(tokenizer, turns[:i], invite=True)), len(_render(tokenizer, turns[:i + 1]).rstrip()))
-           for i in written]
-  offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)['offset_mapping']
-  return [any(start <= first and last <= end for start, end in spans) for first, last in offsets]
-
-
-def prompt_text(tokenizer, ids):
-  """What the tokens of a prompt say: its turns, a line each, special tokens left out."""
-  special, turns = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}, [[]]
-  for i in map(int, ids):
-    if i in special:
-      turns.append([])
-    else:
-      turns[-1].append(i)
-  return '\n'.join(tokenizer.decode(turn).strip() for turn in turns if turn)
 
 
 def pad_right(rows, length, value):

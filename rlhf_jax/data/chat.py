@@ -1,0 +1,403 @@
+"""Conversations to tokens: what a chat template renders, which of it the assistant wrote, what ends it.
+
+One text, one row of tokens: a conversation is rendered whole and tokenized whole, so a response has the tokens that it
+has behind its prompt. What is trained on is never guessed. Where the template marks what the assistant wrote
+(`{% generation %}`), its marks decide. Where it does not, an earlier turn counts if what the template renders up to it is
+a beginning of the whole text; a turn that is rendered differently by then (a thought that is taken out of history, say)
+is named in `Conversation.apart`, to be trained in a row of its own, as the model saw it when it wrote it.
+
+The text of a turn is text. A control string that somebody writes, `<|im_end|>` say, never becomes a control token: only
+the template's own do. Next: `encode.py`, which fits conversations into limits.
+"""
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jinja2
+
+from rlhf_jax.data.examples import Turn
+from rlhf_jax.errors import ConfigError, DataError
+
+# Code points that Unicode reserves for use inside a program. A control string of a turn is rendered as
+# OPEN number CLOSE; where there is one, the template's own are tokenized under the name OPEN_NAME number CLOSE.
+_OPEN, _CLOSE, _OPEN_NAME = '\ufdd0', '\ufdd1', '\ufdd2'
+_RESERVED = re.compile(f'[{_OPEN}{_CLOSE}{_OPEN_NAME}]')
+_PLACEHOLDER = re.compile(f'{_OPEN}(\\d+){_CLOSE}')
+_MARKS = re.compile(r'\{%[-+]?\s*generation\s*[-+]?%\}')
+_ANY_MARK = re.compile(r'\{%[-+]?\s*(end)?generation\s*[-+]?%\}')
+_NOW = re.compile(r'strftime_now\(\s*(?P<quote>[\'"])(?P<format>(?:(?!(?P=quote)).)*)(?P=quote)\s*\)')
+# A template is somebody else's program: what it raises says that it refuses a conversation.
+_REFUSALS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_PROBE = (Turn('user', 'Xylophone'), Turn('assistant', 'Zebra'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+  """The tokens of a conversation that ends with the assistant's turn.
+
+  `mask` is True where the assistant wrote, `start` the number of tokens that the policy sees before it writes the last
+  turn. `apart` numbers the earlier turns of the assistant that are not trained here, since the template renders them
+  differently by now.
+  """
+  ids: list[int]
+  mask: list[bool]
+  start: int
+  apart: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+  """A rendered text as it is tokenized; `named` where a turn has a control string, see `Chat._text`."""
+  text: str
+  named: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rendered:
+  """A conversation before it is tokenized."""
+  prompt: _Text
+  whole: _Text
+  spans: list[tuple[int, int]]  # characters of `whole` that the assistant wrote
+  apart: tuple[int, ...]
+  closed: bool  # whether the template ends the last turn with an end token
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chat:
+  """How the conversations of one run become tokens, and answers texts. Made by `open_chat`."""
+  tokenizer: Any
+  template: str  # the tokenizer's, with the date of the run in place of today's
+  end_tokens: tuple[int, ...]  # at which an answer ends; the first is written where the template writes none
+  pad_token: int
+  lead: str = ''  # what the template writes between the invitation to answer and the answer
+  tail: str = ''  # what it writes behind an answer: up to the end token, or all where it writes none
+
+  def prompts(self, asked: Iterable[Sequence[Turn]]) -> list[list[int] | DataError]:
+    """Ids of each prompt, with the template's invitation to answer; DataError in place of what it refuses."""
+    texts = [_or_refusal(self._prompt, tuple(turns)) for turns in asked]
+    found = self._tokenize([text for text in texts if isinstance(text, _Text)])
+    return [found[text].ids if isinstance(text, _Text) else text for text in texts]
+
+  def conversations(self, spoken: Iterable[Sequence[Turn]], *, earlier: bool = True
+                    ) -> list[Conversation | DataError]:
+    """Each conversation as tokens; DataError in place of what cannot be one. Each ends with the assistant's turn.
+
+    With `earlier` what the assistant wrote before its last turn counts too.
+    """
+    rendered = [_or_refusal(self._conversation, tuple(turns), earlier) for turns in spoken]
+    good = [each for each in rendered if isinstance(each, _Rendered)]
+    found = self._tokenize([text for each in good for text in (each.prompt, each.whole)])
+    return [_or_refusal(self._laid_out, each, found[each.prompt].ids, found[each.whole])
+            if isinstance(each, _Rendered) else each for each in rendered]
+
+  def answer_text(self, ids: Sequence[int]) -> str:
+    """What an answer says: without end and other special tokens, and without what the template writes around it."""
+    ids = [int(i) for i in ids]
+    if ids and ids[-1] in self.end_tokens:
+      ids = ids[:-1]
+    said = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return said.removeprefix(self.lead).removesuffix(self.tail)
+
+  def shown(self, ids: Sequence[int], mask: Sequence[bool]) -> str:
+    """The text of a row of tokens, with what is trained on in double brackets."""
+    said = ''
+    for written, run in itertools.groupby(zip(ids, mask), key=lambda pair: bool(pair[1])):
+      text = self.tokenizer.decode([i for i, _ in run], clean_up_tokenization_spaces=False)
+      said += f'[[{text}]]' if written else text
+    return said
+
+  @functools.cached_property
+  def identity(self) -> str:
+    """A digest of all that tokens depend on."""
+    parts = [self.tokenizer.backend_tokenizer.to_str(), self.template, self.end_tokens, self.tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+  @property
+  def begin_token(self) -> int | None:
+    """The id that a text may begin with."""
+    return self.tokenizer.bos_token_id
+
+  @functools.cached_property
+  def marks(self) -> bool:
+    """Whether the template marks what the assistant wrote."""
+    return _MARKS.search(self.template) is not None
+
+  # ---- rendering
+
+  def _prompt(self, turns):
+    text = self._render(turns, invite=True)[0]
+    return self._text(text, _OPEN in text)
+
+  def _conversation(self, turns, earlier):
+    if not turns or turns[-1].role != 'assistant':
+      raise DataError('the conversation does not end with the assistant, so there is nothing to learn from.')
+    prompt, _ = self._render(turns[:-1], invite=True)
+    whole, marked = self._render(turns)
+    if not whole.startswith(prompt):
+      raise DataError(f'the chat template renders what is before the response {turns[-1].text[:60]!r} differently once '
+                      'it follows, so the policy would be trained on other text than it sees. Use a template that only '
+                      'appends to a prompt.')
+    whole, closed = self._up_to_end(whole, len(prompt), [end for _, end in marked])
+    if self.marks:
+      spans, apart = [(first, min(last, len(whole))) for first, last in marked], ()
+      if not any(last > len(prompt) for _, last in spans):
+        raise DataError(f'the chat template marks nothing of the response {turns[-1].text[:60]!r} as written by the '
+                        'assistant. Mend its {% generation %} marks, or take them out.')
+      spans = [span for span in spans if earlier or span[1] > len(prompt)]
+    else:
+      spans, apart = self._earlier_turns(turns, whole) if earlier else ([], ())
+      spans = [*spans, (len(prompt), len(whole))]
+    named = _OPEN in whole
+    place = lambda at: len(self._text(whole[:at], named).text)
+    return _Rendered(self._text(prompt, named), self._text(whole, named),
+                     [(place(first), place(last)) for first, last in spans], apart, closed)
+
+  def _earlier_turns(self, turns, whole):
+    """(spans of the assistant's turns before the last whose place is proved, numbers of the other ones)."""
+    spans, apart = [], []
+    for number, turn in enumerate(turns[:-1]):
+      if turn.role == 'assistant':
+        span = self._proved(turns[:number], turns[:number + 1], whole)
+        if span is None:
+          apart.append(number)
+        else:
+          spans.append(span)
+    return spans, tuple(apart)
+
+  def _proved(self, history, said, whole):
+    """Where the last turn of `said` stands in `whole`; None where the text up to there is none of its beginnings."""
+    try:
+      before, _ = self._render(history, invite=True)
+      after, closed = self._up_to_end(self._render(said)[0], len(before))
+    except DataError:
+      return None
+    after = after if closed else after.rstrip()
+    is_proved = len(after) > len(before) and after.startswith(before) and whole.startswith(after)
+    return (len(before), len(after)) if is_proved else None
+
+  def _up_to_end(self, whole, start, marked_ends=()):
+    """(the text up to the first end token behind `start`, whether there is one).
+
+    Where there is none: up to where the last mark ends, or without what the template writes behind every answer.
+    """
+    found = self._ends.search(whole, start)
+    if found:
+      return whole[:found.end()], True
+    if marked_ends:
+      return whole[:max(marked_ends)], False
+    return whole.removesuffix(self.tail), False
+
+  def _render(self, turns, invite=False):
+    """(text, spans that the template marks); the control strings of the turns are rendered as placeholders."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # slow to import, not always needed
+    messages = [{'role': turn.role, 'content': self._shielded(turn)} for turn in turns]
+    try:
+      (text,), marked = render_jinja_template(
+        conversations=[messages], chat_template=self.template, return_assistant_tokens_mask=self.marks,
+        add_generation_prompt=invite, **self.tokenizer.special_tokens_map)
+    except _REFUSALS as error:
+      roles = ', '.join(turn.role for turn in turns) or 'no turns'
+      raise DataError(f'the chat template refuses a conversation of {roles}: {type(error).__name__}: '
+                      f'{_first_line(error)}') from error
+    return text, marked[0] if marked else []
+
+  def _shielded(self, turn):
+    """The text of a turn with a placeholder for each control string.
+
+    The assistant's own may be the tokens of a thought or a call, which are no special ones; a user's may not.
+    """
+    found = _RESERVED.search(turn.text)
+    if found:
+      raise DataError(f'a turn of the {turn.role} holds {found[0]!r}, a code point that Unicode reserves for use inside '
+                      'programs; needed is text.')
+    strings = self._special if turn.role == 'assistant' else self._control
+    return strings.sub(lambda match: f'{_OPEN}{self._numbers[match[0]]}{_CLOSE}', turn.text)
+
+  def _text(self, rendered, named):
+    """A rendered text with the control strings of the turns in it, as text.
+
+    Where there are any (`named`), the template's own go by other names, which `_renamed` knows.
+    """
+    if not named:
+      return _Text(rendered, False)
+    template_s = lambda match: _name(self._numbers[match[0]]) if match[0] in self._numbers else match[0]
+    said = self._control.sub(template_s, rendered)
+    strings = list(self._numbers)
+    return _Text(_PLACEHOLDER.sub(lambda match: strings[int(match[1])], said), True)
+
+  # ---- tokens
+
+  def _laid_out(self, rendered, prompt_ids, found):
+    """The Conversation of a rendered one, from the tokens of its prompt alone and of its whole text."""
+    ids, offsets, prompt = found.ids, found.offsets, len(rendered.prompt.text)
+    start = next((i for i, (_, end) in enumerate(offsets) if end > prompt), len(ids))
+    if ids[:start] != prompt_ids[:start] or len(prompt_ids) - start not in (0, 1):
+      raise DataError(f'the tokenizer joins the prompt and the response {rendered.whole.text[prompt:][:40]!r}: no token '
+                      'ends where the prompt does, so the policy could never write the response in these tokens.')
+    mask = _overlap(offsets, rendered.spans)
+    if not rendered.closed:
+      ids, mask = [*ids, self.end_tokens[0]], [*mask, True]
+    return Conversation(ids, mask, start, rendered.apart)
+
+  def _tokenize(self, texts):
+    """{_Text: its encoding}; many at a time, since the tokenizer then uses all cores."""
+    found = {}
+    for named in (False, True):
+      some = list({text: None for text in texts if text.named == named})
+      if some:
+        backend = self._renamed if named else self._backend
+        found |= zip(some, backend.encode_batch([text.text for text in some], add_special_tokens=False))
+    return found
+
+  @functools.cached_property
+  def _numbers(self):
+    """{control string: its number}: special tokens, and other added ones that the template writes."""
+    return {token.content: number for number, token in enumerate(self.tokenizer.added_tokens_decoder.values())
+            if token.special or (token.content in self.template and not token.content.isspace())}
+
+  @functools.cached_property
+  def _control(self):
+    return _any_of(self._numbers)
+
+  @functools.cached_property
+  def _special(self):
+    return _any_of(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+
+  @functools.cached_property
+  def _ends(self):
+    return _any_of(self.tokenizer.convert_ids_to_tokens(list(self.end_tokens)))
+
+  @functools.cached_property
+  def _backend(self):
+    """The tokenizer without what users set on it for other work."""
+    import tokenizers
+    return tokenizers.Tokenizer.from_str(json.dumps(self._settings()))
+
+  @functools.cached_property
+  def _renamed(self):
+    """The same tokenizer, where each control token has a name that no text holds: its string is only text."""
+    import tokenizers
+    settings, model = self._settings(), self.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    name = lambda content: _name(self._numbers[content]) if content in self._numbers else content
+    for token in settings['added_tokens']:
+      token['content'] = name(token['content'])
+    vocab = settings['model'].get('vocab')
+    if isinstance(vocab, dict):
+      settings['model']['vocab'] = {name(content): number for content, number in vocab.items()}
+    elif vocab is not None:                                                       # of a Unigram: [[piece, score], ...]
+      settings['model']['vocab'] = [[name(content), score] for content, score in vocab]
+    if settings['model'].get('unk_token') in model:
+      settings['model']['unk_token'] = name(settings['model']['unk_token'])
+    renamed = tokenizers.Tokenizer.from_str(json.dumps(settings))
+    for content in self._numbers:
+      if renamed.token_to_id(name(content)) != self.tokenizer.convert_tokens_to_ids(content):
+        raise DataError(f'the control string {content!r} in a turn cannot be kept apart from the token of that name with '
+                        'this tokenizer.')
+    return renamed
+
+  def _settings(self):
+    return json.loads(self.tokenizer.backend_tokenizer.to_str()) | {'truncation': None, 'padding': None}
+
+
+def open_chat(tokenizer: Any, *, generation_ends: Sequence[int] = (), pad_token: int | None = None,
+              began: datetime.datetime | None = None) -> Chat:
+  """The Chat of a tokenizer with a chat template.
+
+  An answer ends at the token with which the template closes an assistant's turn, and at each of `generation_ends`, the
+  ids that the model's generation config names; where there is neither, at the tokenizer's end token. `began` is the time
+  that templates take for now. Raises ConfigError where the template is none, or asks for a time that is not fixed.
+  """
+  if not tokenizer.is_fast:
+    raise ConfigError(f'the tokenizer is a {type(tokenizer).__name__}, which does not say where in the text a token stands. '
+                      'Use one with a tokenizer.json.')
+  template = dated(_template_of(tokenizer), began or datetime.datetime.now())
+  eos, added = tokenizer.eos_token_id, tokenizer.added_tokens_decoder
+  named = tuple(i for i in generation_ends if i in added)
+  chat = Chat(tokenizer, template, (eos,), eos if pad_token is None else pad_token)
+  lead, tail, closing = _around_an_answer(chat, {tokenizer.convert_ids_to_tokens(i) for i in (*named, eos)})
+  ends = [] if closing is None else [tokenizer.convert_tokens_to_ids(closing)]
+  ends += [eos] if closing is None and (eos in named or not named) else []
+  return dataclasses.replace(chat, end_tokens=tuple(dict.fromkeys([*ends, *named])), lead=lead, tail=tail)
+
+
+def dated(template: str, now: datetime.datetime) -> str:
+  """The template with a fixed time in place of the moment of rendering: the same text tomorrow.
+
+  >>> dated("{{ strftime_now('%d %b %Y') }}", datetime.datetime(2024, 7, 26))
+  "{{ '26 Jul 2024' }}"
+  """
+  fixed = _NOW.sub(lambda call: repr(now.strftime(call['format'])), template)
+  if re.search(r'strftime_now\s*\(', fixed):
+    raise ConfigError('the chat template calls strftime_now with what is no string, so its text changes with the clock. '
+                      'Write the format into the template.')
+  return fixed
+
+
+def _template_of(tokenizer):
+  try:
+    template = tokenizer.get_chat_template()
+    jinja2.Environment(extensions=['jinja2.ext.loopcontrols']).parse(_ANY_MARK.sub('', template))
+  except ValueError as error:
+    raise ConfigError(f'the tokenizer has no chat template that is used by default: {_first_line(error)} Set chat_template '
+                      'in its tokenizer_config.json.') from error
+  except jinja2.TemplateSyntaxError as error:
+    raise ConfigError(f'the chat template of the tokenizer is not jinja, line {error.lineno}: {_first_line(error)}. Mend '
+                      'chat_template.jinja beside it.') from error
+  return template
+
+
+def _around_an_answer(chat, ends):
+  """(lead, tail, closing string or None) of a Chat, seen on a conversation; `ends` are strings that may close a turn."""
+  for system in ((), (Turn('system', 'Yak'),)):
+    try:
+      prompt, whole = (chat._render((*system, *turns), invite)[0] for turns, invite in ((_PROBE[:1], True), (_PROBE, False)))
+      followed = chat._render((*system, *_PROBE, *_PROBE[:1]))[0]
+    except DataError:
+      continue
+    before, _, behind = whole.rpartition(_PROBE[1].text)
+    lead = chat._special.sub('', before.removeprefix(prompt)) if before.startswith(prompt) else ''
+    closing = chat._control.search(behind)
+    if closing:
+      return lead, behind[:closing.start()], closing[0]
+    between = followed.partition(_PROBE[1].text)[2].partition(_PROBE[0].text)[0]
+    closing = chat._control.search(between)                                      # of turns that others follow alone
+    return lead, behind, closing[0] if closing and closing[0] in ends else None
+  return '', '', None
+
+
+def _or_refusal(make, *arguments):
+  """make(...), or the DataError that it raises."""
+  try:
+    return make(*arguments)
+  except DataError as error:
+    return error
+
+
+def _overlap(offsets, spans):
+  """Which tokens have a character in one of the spans, as `transformers` has it; both are in order."""
+  mask, number = [], 0
+  for first, last in offsets:
+    while number < len(spans) and first >= spans[number][1]:
+      number += 1
+    mask.append(number < len(spans) and last > spans[number][0])
+  return mask
+
+
+def _any_of(strings):
+  """A pattern that matches any of the strings, the longest first, and nothing where there are none."""
+  return re.compile('|'.join(map(re.escape, sorted(strings, key=len, reverse=True))) or '(?!)')
+
+
+def _name(number):
+  return f'{_OPEN_NAME}{number}{_CLOSE}'
+
+
+def _first_line(error):
+  return str(error).strip().partition('\n')[0]
