@@ -1,7 +1,9 @@
 """Batches as a function of (seed, step): shuffled anew in every epoch, bucketed by length, or packed.
 
-A stage that resumes at step k asks for batch k and gets what it would have got. Rows of a batch have about one length: it
-is padded to the smallest of a few bucket lengths, so that a run compiles few programs. Grain reads ahead.
+A stage that resumes at step k asks for batch k and gets what it would have got. Rows are taken from
+an endless stream of permutations, so that after any number of epochs every row has been seen as
+often as any other, within one. Rows of a batch have about one length: it is padded to the smallest
+of a few bucket lengths, so that a run compiles few programs. Grain reads ahead.
 """
 
 import dataclasses
@@ -44,33 +46,55 @@ class Batches:
                       'Choose a batch size that is a multiple.')
 
   @property
-  def per_epoch(self):
-    """Batches in one pass over the rows; what does not fill a batch waits for the next shuffle."""
+  def per_epoch(self) -> int:
+    """Batches in one epoch: as many as the rows fill. Rows left over begin the next epoch."""
     return len(self.rows) // self.batch_size
 
   def __getitem__(self, step):
-    epoch, number = divmod(step, self.per_epoch)
-    length, chosen = self._epoch(epoch)[number]
+    length, chosen = self._batch(step)
     return self.collate([self.rows[i] for i in share(chosen, self.part)], length)
+
+  def chosen(self, step: int) -> list[int]:
+    """Numbers, in `rows`, of all rows of batch `step`: of the whole batch, not of this process's part."""
+    _, chosen = self._batch(step)
+    return list(chosen)
 
   def read(self, start, stop):
     """Batches start .. stop - 1, in order, prepared ahead by one thread."""
     source = grain.MapDataset.range(start, stop).map(self.__getitem__)
     return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
+  def _batch(self, step):
+    """(padded length, row numbers) of a batch."""
+    epoch, number = divmod(step, self.per_epoch)
+    return self._epoch(epoch)[number]
+
   @functools.lru_cache(maxsize=2)  # noqa: B019  a stage has one or two of these objects, and they live as long as it does
   def _epoch(self, epoch):
-    """The batches of an epoch, (length, row numbers) each, in random order. What a bucket cannot fill goes to the next."""
-    rng = np.random.default_rng((self.seed, epoch))
-    order, made, waiting, shorter = rng.permutation(len(self.rows)), [], [], -1
-    needed = np.asarray(self.lengths)[order]
-    for longest in self.buckets:
-      waiting += list(order[(needed <= longest) & (needed > shorter)])
-      while len(waiting) >= self.batch_size:
-        made.append((longest, waiting[:self.batch_size]))
-        waiting = waiting[self.batch_size:]
-      shorter = longest
-    return [made[i] for i in rng.permutation(len(made))]
+    """The batches of an epoch, (length, row numbers) each, in random order.
+
+    What does not fill a batch of its bucket goes to the next longer bucket. The rows of an epoch
+    fill its batches, so the longest bucket leaves none. A row may come twice in an epoch, even in a
+    batch, where one permutation ends and the next begins.
+    """
+    count = self.per_epoch * self.batch_size
+    order = self._stream(epoch * count, (epoch + 1) * count)
+    bucket = np.searchsorted(self.buckets, np.asarray(self.lengths)[order])
+    batches, waiting = [], order[:0]
+    for number, length in enumerate(self.buckets):
+      waiting = np.concatenate([waiting, order[bucket == number]])
+      full = len(waiting) // self.batch_size * self.batch_size
+      batches += [(length, chosen.tolist()) for chosen in waiting[:full].reshape(-1, self.batch_size)]
+      waiting = waiting[full:]
+    batch_order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(batches))
+    return [batches[i] for i in batch_order]
+
+  def _stream(self, start, stop):
+    """Row numbers start .. stop - 1 of an endless stream: permutation after permutation of all rows."""
+    count = len(self.rows)
+    first, last = start // count, (stop - 1) // count
+    permutations = [np.random.default_rng((self.seed, j)).permutation(count) for j in range(first, last + 1)]
+    return np.concatenate(permutations)[start - first * count:stop - first * count]
 
 
 def bucket_lengths(longest, count=4):

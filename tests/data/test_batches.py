@@ -44,14 +44,69 @@ def test_a_batch_depends_on_seed_and_step_alone():
   assert [firsts(one[step]) for step in range(5)] != [firsts(demonstrations(seed=4)[step]) for step in range(5)]
 
 
-def test_an_epoch_has_each_row_at_most_once_and_the_next_is_in_another_order():
+def of_lengths(lengths, batch_size, buckets=(8, 16, 24, 32), seed=0):
+  """Batches of rows that are nothing but so long."""
+  return b.Batches(range(len(lengths)), lengths, lambda chosen, length: chosen, batch_size, buckets, seed)
+
+
+RNG = np.random.default_rng(0)
+SOURCES = {
+  'a batch of more than half of the rows': lambda: of_lengths([5] * 200, 128),
+  'few long rows, which fill no batch': lambda: of_lengths([30] * 8 + [5] * 992, 32),
+  'one long row': lambda: of_lengths([5] * 22 + [32], 4),
+  'several buckets': lambda: of_lengths(RNG.integers(1, 33, 151).tolist(), 8),
+  'as many rows as a batch': lambda: of_lengths([5] * 16, 16),
+  'demonstrations': lambda: demonstrations(),
+  'packed': lambda: b.demonstration_batches(rows(90), batch_size=16, length=LENGTH, seed=3, packed=True),
+  'prompts': lambda: b.prompt_batches(rows(50), batch_size=8, length=LENGTH, seed=1, lengths=3),
+}
+
+
+@pytest.mark.parametrize('make', SOURCES.values(), ids=SOURCES)
+def test_after_any_number_of_epochs_rows_have_been_seen_equally_often_within_one(make):
+  source = make()
+  seen = np.zeros(len(source.rows), int)
+  for epoch in range(500 if len(source.rows) <= 200 else 40):
+    for step in range(epoch * source.per_epoch, (epoch + 1) * source.per_epoch):
+      np.add.at(seen, source.chosen(step), 1)
+    assert seen.sum() == (epoch + 1) * source.per_epoch * source.batch_size
+    assert seen.max() - seen.min() <= 1, epoch
+  assert seen.min() > 0
+
+
+def test_the_next_epoch_is_in_another_order():
   source = demonstrations()
   assert source.per_epoch == 23 // 4 == 5
   epochs = [[row for step in range(start, start + 5) for row in firsts(source[step])] for start in (0, 5, 10)]
-  for seen in epochs:
-    assert len(seen) == len(set(seen)) == 20
+  assert len(set(epochs[0])) == len(epochs[0]) == 20
   assert epochs[0] != epochs[1] != epochs[2]
-  assert len({row for seen in epochs for row in seen}) > 20                     # those left over take their turn
+  assert {*epochs[0], *epochs[1][:20]} == set(range(23))                        # those left over take their turn
+
+
+def test_batches_of_an_epoch_come_in_random_order():
+  source = of_lengths([5] * 64 + [15] * 64, 8)
+  lengths = [source._batch(step)[0] for step in range(16)]
+  assert sorted(lengths) == [8] * 8 + [16] * 8 != lengths != sorted(lengths)[::-1]
+
+
+def test_what_a_bucket_cannot_fill_goes_to_the_next_longer():
+  source = of_lengths([5] * 6 + [15] * 2 + [30] * 4, 4)
+  assert sorted(source._batch(step)[0] for step in range(3)) == [8, 16, 32]
+  for step in range(3):
+    length, chosen = source._batch(step)
+    assert max(source.lengths[i] for i in chosen) <= length
+  assert sorted(i for step in range(3) for i in source.chosen(step)) == list(range(12))
+
+
+@pytest.mark.parametrize('part', [(0, 1), (0, 2), (1, 2)])
+def test_the_row_numbers_of_a_batch_are_those_of_all_processes(part):
+  source = demonstrations(part=part)
+  for step in (0, 7, 3):
+    chosen = source.chosen(step)
+    assert b.share(chosen, part) == firsts(source[step])
+    assert chosen == demonstrations().chosen(step) and all(type(i) is int for i in chosen)
+    chosen.clear()                                                              # a list of the caller's own
+    assert len(source.chosen(step)) == 4
 
 
 def test_rows_arrive_whole():
