@@ -1,6 +1,9 @@
 """What every source of data becomes: one prompt, its responses if it has any, and how people ranked them."""
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,3 +53,16 @@ class Example:
   responses: tuple[str, ...] = ()
   ranks: tuple[int, ...] = ()
   place: str = ''
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+  """SHA-256 of all turns, responses and ranks, in their order; of places nothing, since files may move.
+
+  The same in every process. It tells whether a run that goes on has the data that it began with.
+  """
+  digest = hashlib.sha256()
+  for example in examples:
+    turns = [(turn.role, turn.text) for turn in example.prompt]
+    ranks = [int(rank) for rank in example.ranks]
+    digest.update(json.dumps([turns, example.responses, ranks]).encode())
+  return digest.hexdigest()
