@@ -6,6 +6,7 @@ skipped, an unfinished one goes on from its newest checkpoint.
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import functools
 import json
@@ -21,7 +22,9 @@ import jax
 from rlhf_jax import chips, planner, processes, remedies, report, runners
 from rlhf_jax import config as configs
 from rlhf_jax.checkpoint import read_meta
-from rlhf_jax.data.text import check_vocabulary, load_tokenizer, pad_token, save_tokenizer, train_tokenizer
+from rlhf_jax.data.chat import open_chat
+from rlhf_jax.data.examples import fingerprint
+from rlhf_jax.data.text import check_vocabulary, load_tokenizer, save_tokenizer, train_tokenizer, with_begin
 from rlhf_jax.errors import CheckpointError, ConfigError, PreemptedError, ProcessError, RlhfJaxError
 from rlhf_jax.model import huggingface
 from rlhf_jax.model.config import preset
@@ -29,11 +32,12 @@ from rlhf_jax.model.forward import check_length
 from rlhf_jax.model.heads import LanguageModel, ScalarModel
 from rlhf_jax.processes import ProcessesConfig
 from rlhf_jax.stages import ppo, reward, sft
-from rlhf_jax.stages.task import Run
+from rlhf_jax.stages.task import PARTS, Run
 from rlhf_jax.startup import prepare_process
 
 Stage = Literal['sft', 'reward', 'ppo']
 _STAGES = {'sft': sft, 'reward': reward, 'ppo': ppo}
+_DATA_FACTS = 'data.json'
 _START_AGAIN = 75  # exit status: saved as asked, not finished
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -163,22 +167,61 @@ def run_stages(experiment, make_task, directory, command=Command()):
 def prepare(experiment, make_task, directory):
   """The Run of an experiment: task, tokenizer, models and devices, checked against each other."""
   task = make_task(experiment)
-  pretrained, tokenizer_dir = None, directory / 'tokenizer'
+  processes.once('data', lambda: _keep_data_facts(directory, task))
+  began = datetime.datetime.fromisoformat(json.loads((directory / _DATA_FACTS).read_text())['began'])
+  pretrained, generation_ends, tokenizer_dir = None, (), directory / 'tokenizer'
   if experiment.pretrained is not None:
     model_config = huggingface.read_config(experiment.pretrained, **_runtime(experiment))
     huggingface.find_weights(experiment.pretrained, model_config)                # says now what is missing, not at the stage
     pretrained = functools.partial(huggingface.load, experiment.pretrained, model_config)
     tokenizer = load_tokenizer(experiment.pretrained)
+    generation_ends = huggingface.read_generation_ids(experiment.pretrained)
   else:
     model_config = preset(experiment.preset, **_runtime(experiment))
     processes.once('tokenizer', lambda: _make_tokenizer(tokenizer_dir, task.demonstrations[0], model_config.vocab_size))
     tokenizer = load_tokenizer(tokenizer_dir)
   if task.chat_template is not None:
-    tokenizer.chat_template = task.chat_template
+    tokenizer.chat_template = with_begin(task.chat_template, tokenizer)
   reward_config = _reward_config(experiment, model_config)
   check_vocabulary(tokenizer, policy=model_config, reward=reward_config)
   _check_attention(experiment.attention, jax.default_backend())
-  return _run(experiment, task, tokenizer, make_runner(experiment.mesh), directory, model_config, reward_config, pretrained)
+  chat = _chat(tokenizer, generation_ends, model_config.vocab_size, began)
+  return _run(experiment, task, chat, make_runner(experiment.mesh), directory, model_config, reward_config, pretrained)
+
+
+def _chat(tokenizer, generation_ends, vocab_size, began):
+  """The Chat of a run; says which of the model's end tokens are none of the tokenizer's."""
+  unknown = [i for i in generation_ends if i not in tokenizer.added_tokens_decoder]
+  if unknown:
+    print(f'the generation config names the end tokens {unknown}, which are ordinary text to this tokenizer; they are left '
+          'out')
+  ends = open_chat(tokenizer, generation_ends=generation_ends, began=began).end_tokens
+  tokenizer = with_pad_token(tokenizer, vocab_size, ends)
+  return open_chat(tokenizer, generation_ends=generation_ends, pad_token=tokenizer.pad_token_id, began=began)
+
+
+def _keep_data_facts(directory, task):
+  """Writes down when the run began and what its data is; ConfigError where a stage has begun with other data."""
+  path, now = directory / _DATA_FACTS, _data_facts(task)
+  facts = json.loads(path.read_text()) if path.exists() else {'began': datetime.datetime.now().isoformat()}
+  changed = [f'{name}: {_counted(facts[name])} -> {_counted(now[name])}' for name in now if facts.get(name, now[name]) != now[name]]
+  if changed and any((directory / name).exists() for name in _STAGES):
+    raise ConfigError(f'the data of the run in {directory} has changed since it began; {"; ".join(changed)}. Go on with the '
+                      'data that it began with, or pass another --run-dir, or --restart to delete the run and start anew.')
+  directory.mkdir(parents=True, exist_ok=True)
+  _write_whole(path, json.dumps(facts | now, indent=2))
+
+
+def _data_facts(task):
+  """Counts and fingerprints of the examples of a Task. Rankings of answers that do not exist yet have none."""
+  recorded = {} if callable(task.comparisons) else {'comparisons': task.comparisons}
+  splits = {'demonstrations': task.demonstrations, 'prompts': task.prompts} | recorded
+  return {f'{name}, {part}': {'examples': len(examples), 'sha256': fingerprint(examples)}
+          for name, split in splits.items() for part, examples in zip(PARTS, split)}
+
+
+def _counted(facts):
+  return f'{facts["examples"]:,} examples ({facts["sha256"][:8]})'
 
 
 def prepare_shapes(experiment, devices):
@@ -188,15 +231,15 @@ def prepare_shapes(experiment, devices):
   else:                                                                         # what is on the hub has the preset's shapes
     model_config = preset(experiment.preset, **_runtime(experiment))
   _check_attention(experiment.attention, devices[0].platform)
-  return _run(experiment, None, planner.TOKENIZER, make_runner(experiment.mesh, devices), None, model_config,
+  return _run(experiment, None, planner.CHAT, make_runner(experiment.mesh, devices), None, model_config,
               _reward_config(experiment, model_config))
 
 
-def _run(experiment, task, tokenizer, runner, directory, model_config, reward_config, pretrained=None):
+def _run(experiment, task, chat, runner, directory, model_config, reward_config, pretrained=None):
   for size in (model_config, reward_config):
     check_length(size, experiment.data.limits.tokens)
   _check_answers(experiment.ppo, runner.batch_parts)
-  return Run(experiment, task, tokenizer, runner, directory, LanguageModel(model_config), ScalarModel(reward_config),
+  return Run(experiment, task, chat, runner, directory, LanguageModel(model_config), ScalarModel(reward_config),
              pretrained)
 
 
@@ -327,11 +370,11 @@ def _export(run, name):
     if processes.stop_asked():
       raise PreemptedError(f'{name} is finished, its export will be written again')
     return run.runner.fetch(leaf)
-  huggingface.save(unfinished, model.config, params, kind=kind, end_token=run.tokenizer.eos_token_id,
-                   pad_token=pad_token(run.tokenizer), fetch=fetch)
+  huggingface.save(unfinished, model.config, params, kind=kind, end_token=run.chat.end_tokens,
+                   pad_token=run.chat.pad_token, begin_token=run.chat.begin_token, fetch=fetch)
 
   def finish():
-    save_tokenizer(run.tokenizer, unfinished)
+    export_tokenizer(run.chat.tokenizer, unfinished)
     unfinished.rename(target)
   processes.once(f'exported {name}', finish)
 
@@ -357,7 +400,8 @@ def _write_whole(path, text):
 def _write_answers(directory, said):
   """Every held-out prompt with the answers of both policies, as answers.jsonl."""
   rows = zip(said['SFT'][0], said['SFT'][1], said['PPO'][1], strict=True)
-  lines = [json.dumps(dict(zip(('prompt', 'SFT', 'PPO'), row)), ensure_ascii=False) for row in rows]
+  lines = [json.dumps(ppo.said_row(prompt, {'SFT': before, 'PPO': after}), ensure_ascii=False)
+           for prompt, before, after in rows]
   (directory / 'answers.jsonl').write_text('\n'.join(lines) + '\n')
 
 

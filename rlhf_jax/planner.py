@@ -41,7 +41,7 @@ from rlhf_jax.stages.descent import compile_step
 from rlhf_jax.step import init_state
 
 STAGES = sft.NAME, reward.NAME, ppo.NAME
-TOKENIZER = types.SimpleNamespace(eos_token_id=0, pad_token_id=0)  # stands for any: shapes do not depend on the ids
+CHAT = types.SimpleNamespace(end_tokens=(0,), pad_token=0)  # stands for any: shapes do not depend on the ids
 
 
 # ---- the programs of a run

@@ -23,7 +23,7 @@ from rlhf_jax import roll_call
 from rlhf_jax.errors import ConfigError, ProcessError
 from rlhf_jax.startup import prepare_process
 
-_MEET_S = 1800  # the slowest thing that one process does while others wait: reading and tokenizing the data
+_MEET_S = 1800  # the slowest thing that one process does while others wait, unless more is allowed: reading the data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +112,12 @@ def is_first():
   return not are_several() or jax.process_index() == 0
 
 
-def meet(name):
-  """Returns when all processes are here; raises ProcessError where one does not come."""
+def meet(name, wait_s=_MEET_S):
+  """Returns when all processes are here; raises ProcessError where one does not come within `wait_s` seconds."""
   if not are_several():
     return
   try:
-    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=_MEET_S * 1000)
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=wait_s * 1000)
   except jax.errors.JaxRuntimeError as error:
     raise ProcessError(f'not all processes came to {name!r} ({str(error).splitlines()[0]}). Look at the output of the one '
                        'that did not, and start all of them again.') from error
@@ -136,14 +136,14 @@ def first_says(number):
   return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if are_several() else number
 
 
-def once(name, do):
-  """do() in the first process alone; the others wait for it. What it writes is there for all afterwards.
+def once(name, do, wait_s=_MEET_S):
+  """do() in the first process alone; the others wait for it, so long. What it writes is there for all afterwards.
 
   Where it fails, the first process ends with the error, and the others with it.
   """
   if is_first():
     do()
-  meet(name)
+  meet(name, wait_s)
 
 
 def leave(status, wait_s=5):

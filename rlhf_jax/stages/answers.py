@@ -6,7 +6,7 @@ import jax
 
 from rlhf_jax import processes
 from rlhf_jax.data import batches, encode
-from rlhf_jax.data.text import pad_token, response_text
+from rlhf_jax.data.examples import Answer
 from rlhf_jax.errors import DataError, PreemptedError
 from rlhf_jax.generate import generate
 from rlhf_jax.maths.sampling import Sampling
@@ -15,9 +15,9 @@ _WAVES = 8  # prompts to a slot when there are many to answer: slots idle only w
 
 
 def sampling(run):
-  """How this run's policies answer: at PPO's temperature, from the whole vocabulary, up to the end token or the limit."""
+  """How this run's policies answer: at PPO's temperature, from the whole vocabulary, up to an end token or the limit."""
   return Sampling(temperature=run.experiment.ppo.temperature, new_tokens=run.experiment.data.limits.response_tokens,
-                  end_tokens=(run.tokenizer.eos_token_id,), pad_token=pad_token(run.tokenizer))
+                  end_tokens=run.chat.end_tokens, pad_token=run.chat.pad_token)
 
 
 def compile_answer(run, slots=None):
@@ -48,22 +48,24 @@ def rollouts(run, answer, params, rows, key, batch_size, lengths=1):
 
 
 def texts(run, rollout):
-  """The responses of a rollout as texts."""
+  """The responses of a rollout, an Answer each."""
   fetched = run.runner.fetch(rollout)
   P = fetched.tokens_BT.shape[1] - fetched.mask_BR.shape[1]
-  return [response_text(run.tokenizer, tokens[P:][mask]) for tokens, mask in zip(fetched.tokens_BT, fetched.mask_BR)]
+  sampled = [tokens[P:][mask].tolist() for tokens, mask in zip(fetched.tokens_BT, fetched.mask_BR)]
+  return [Answer(run.chat.answer_text(ids), tuple(ids)) for ids in sampled]
 
 
 def compile_ask(run):
-  """ask(policy parameters, examples, seed, samples): `samples` texts for the prompt of every example, a list of lists."""
+  """ask(policy parameters, examples, seed, samples): `samples` Answers to the prompt of every example, a list of lists."""
   slots = run.experiment.ppo.slots or run.experiment.ppo.batch_size
   answer = compile_answer(run, slots)
 
   def ask(params, examples, seed, samples=1):
-    rows, skipped = encode.prompts(examples, run.tokenizer, run.experiment.data.limits)
-    if skipped:
-      raise DataError(f'{skipped} of {len(examples)} prompts have more than {run.experiment.data.limits.prompt_tokens} '
-                      'tokens. Raise --data.limits.prompt-tokens, or pass --data.limits.too-long truncate.')
+    rows, counts = encode.prompts(examples, run.chat, run.experiment.data.limits)
+    if counts.too_long:
+      raise DataError(f'{counts.too_long} of {len(examples)} prompts have more than '
+                      f'{run.experiment.data.limits.prompt_tokens} tokens. Raise --data.limits.prompt-tokens, or pass '
+                      '--data.limits.too-long truncate.')
     rows = [row for row in rows for _ in range(samples)]
     at_once, said = slots * min(_WAVES, -(-len(rows) // slots)), [''] * len(rows)
     for rollout, chosen in rollouts(run, answer, params, rows, jax.random.key(seed), at_once, run.experiment.ppo.lengths):

@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_jax import handoff, processes
 from rlhf_jax.checkpoint import Checkpoints, restore_part
 from rlhf_jax.data import batches, encode
-from rlhf_jax.data.text import prompt_text
+from rlhf_jax.data.examples import Prompt
 from rlhf_jax.errors import ConfigError, PreemptedError
 from rlhf_jax.experience import experience
 from rlhf_jax.losses.ppo import ppo
@@ -24,6 +24,7 @@ from rlhf_jax.rewards import score_texts
 from rlhf_jax.stages import reward, sft
 from rlhf_jax.stages.answers import compile_answer, rollouts, texts
 from rlhf_jax.stages.descent import check_finite
+from rlhf_jax.stages.task import PARTS
 from rlhf_jax.step import init_state, make_train_step
 from rlhf_jax.update import make_update
 
@@ -76,8 +77,7 @@ def train(run):
   if 'reward' not in frozen and run.value.config != run.policy.config:
     raise ConfigError(f'a value function of the size of {experiment.reward_preset}, but no reward model to start it from. '
                       'Run the stage reward first, drop --reward-preset, or pass --ppo.value-from policy.')
-  rows, skipped = encode.prompts(run.task.prompts[0], run.tokenizer, limits)
-  run.say_skipped(NAME, skipped, len(rows))
+  rows, asked = _prompts(run, 0)
   source = batches.prompt_batches(rows, batch_size=config.batch_size, length=limits.prompt_tokens, seed=experiment.seed,
                                   lengths=config.lengths, part=run.runner.part)
   make = lambda: run.runner.initialise(lambda params: init_state(params, optimizer), _start(run))
@@ -93,7 +93,8 @@ def train(run):
     with Progress(NAME, total=config.iterations, start=start) as progress:
       for iteration, prompts in enumerate(source.read(start, config.iterations), start):
         key = jax.random.fold_in(jax.random.key(experiment.seed), iteration)
-        state, known, rollout = _iterate(run, programs, state, frozen, prompts, key, kl_weight)
+        those_asked = [asked[i] for i in source.chosen(iteration)]
+        state, known, rollout = _iterate(run, programs, state, frozen, prompts, those_asked, key, kl_weight)
         done = iteration + 1
         check_finite(run.runner, run.stage(NAME), done, known, rollout)
         _check_facts(done, known)
@@ -103,7 +104,7 @@ def train(run):
                         rate=(known['response_tokens_per_second'], 'tokens/s'))
         kl_weight = _next_kl_weight(config, kl_weight, known['kl_nats_per_sequence'])
         if done % config.samples_every == 0 or done == config.iterations:
-          _write_samples(run, done, rollout, progress)
+          _write_samples(run, done, those_asked, rollout)
         if _too_far(config, known):
           progress.note(f'stopped before the update of iteration {done}: KL {known["kl_nats_per_sequence"]:.3g} nats per '
                         f'sequence is over kl_stop_nats_per_sequence={config.kl_stop_nats_per_sequence:g}')
@@ -126,8 +127,15 @@ def _too_far(config, known):
   return limit is not None and known['kl_nats_per_sequence'] > limit
 
 
-def _iterate(run, programs, state, frozen, prompts, key, kl_weight):
-  """One iteration: (state, metrics, rollout). Seconds are measured with the devices drained in between.
+def _prompts(run, side):
+  """(rows, the Prompt of each row) of one side of the task's prompts."""
+  examples = run.task.prompts[side]
+  rows = run.rows(NAME, encode.prompts, examples, PARTS[side]).rows
+  return rows, [Prompt(examples[row.example].prompt) for row in rows]
+
+
+def _iterate(run, programs, state, frozen, prompts, asked, key, kl_weight):
+  """One iteration: (state, metrics, rollout), `asked` being the Prompt of each row of the whole batch. Seconds are measured with the devices drained in between.
 
   Where the answers lie beyond the KL limit nothing is learned from them, and the metrics of the updates are absent.
   """
@@ -136,7 +144,7 @@ def _iterate(run, programs, state, frozen, prompts, key, kl_weight):
   rollout = jax.block_until_ready(programs.answer(state.params['policy'], prompts, answer_key))
   rollout = _trimmed(rollout, run.experiment.ppo.lengths)
   answered = time.monotonic()
-  extra_score_B, by_name = _extra_scores(run, rollout)
+  extra_score_B, by_name = _extra_scores(run, asked, rollout)
   lessons, looked = jax.block_until_ready(
     programs.look_back(state.params, frozen, rollout, jnp.float32(kl_weight), {'score_B': extra_score_B}))
   known = _looked(values(run.runner.fetch(looked))) | by_name
@@ -176,8 +184,8 @@ def _learned(learned):
   return updates | {'first_ratio': float(every['ratio'][0, 0]), 'first_kl_k2': float(every['kl_k2'][0, 0])}
 
 
-def _extra_scores(run, rollout):
-  """What the Python reward functions say of a rollout: (weighted sum [B], means by name); zeros where there are none.
+def _extra_scores(run, asked, rollout):
+  """What the Python reward functions say of the answers to the Prompts `asked`: (weighted sum [B], means by name); zeros where there are none.
 
   Each process asks them about its own part of the rollout, and returns that part of the sum. Where `tensor` spans several
   processes, these have the same part: what the functions say of a text must not depend on chance.
@@ -185,18 +193,10 @@ def _extra_scores(run, rollout):
   part = run.runner.part
   if not run.task.reward_functions:
     return np.zeros(rollout.ended_B.shape[0] // part[1], np.float32), {}
-  prompts, responses = (batches.share(texts, part) for texts in texts_of(run, rollout))
+  prompts, responses = (batches.share(all_texts, part) for all_texts in (asked, texts(run, rollout)))
   total_B, by_name = score_texts(run.task.reward_functions, prompts, responses)
   whole = run.runner.fetch(run.runner.place({f'{name}_B': score_B for name, score_B in by_name.items()}, 'batch'))
   return total_B, {f'reward/{name}': float(whole[f'{name}_B'].mean()) for name in by_name}
-
-
-def texts_of(run, rollout):
-  """(prompts, responses) of a rollout as texts: prompts as the policy saw them, cut where a limit cut them."""
-  fetched = run.runner.fetch(rollout)
-  P = fetched.tokens_BT.shape[1] - fetched.mask_BR.shape[1]
-  asked = [prompt_text(run.tokenizer, tokens[:P][valid[:P]]) for tokens, valid in zip(fetched.tokens_BT, fetched.valid_BT)]
-  return asked, texts(run, rollout)
 
 
 def _check_facts(done, known):
@@ -220,10 +220,15 @@ def _next_kl_weight(config, kl_weight, kl_nats):
                                   horizon_episodes=config.kl_horizon_episodes, episodes=config.batch_size))
 
 
-def _write_samples(run, iteration, rollout, progress):
-  prompts, responses = texts_of(run, rollout)
-  append_samples(run.stage(NAME), iteration, [{'prompt': p, 'response': r} for p, r in zip(prompts[:8], responses[:8])])
-  progress.note(f'  {prompts[0][-70:]!r} -> {responses[0][:90]!r}')
+def _write_samples(run, iteration, asked, rollout):
+  rows = [said_row(prompt, {'response': response}) for prompt, response in zip(asked[:8], texts(run, rollout)[:8])]
+  append_samples(run.stage(NAME), iteration, rows)
+
+
+def said_row(prompt, answers):
+  """{'prompt': what the user said last, name: answer}, and the 'turns' before it where there are any."""
+  turns = {'turns': [[turn.role, turn.text] for turn in prompt.turns]} if len(prompt.turns) > 1 else {}
+  return {'prompt': str(prompt)} | turns | {name: str(answer) for name, answer in answers.items()}
 
 
 def _start(run):
@@ -259,11 +264,11 @@ def compare(run):
   """Held-out answers of the SFT and the PPO policy, measured alike: {'SFT': {...}, 'PPO': {...}}, and the texts of both."""
   optimizer = make_optimizer(dataclasses.replace(run.experiment.ppo.optimizer, schedule='constant'))
   programs, frozen, trained = compile_programs(run, optimizer), frozen_models(run), restore(run)
-  rows, _ = encode.prompts(run.task.prompts[1], run.tokenizer, run.experiment.data.limits)
-  rows = rows * run.experiment.ppo.held_out_answers
+  rows, asked = (each * run.experiment.ppo.held_out_answers for each in _prompts(run, 1))
   B = run.experiment.ppo.batch_size
-  rows = rows[:len(rows) // B * B] or [rows[i % len(rows)] for i in range(B)]    # whole batches, every answer counted once
-  prompts, table, said = [row.asked for row in rows], {}, {}
+  whole = len(rows) // B * B or B                                               # whole batches, every answer counted once
+  rows, prompts = ([each[i % len(each)] for i in range(whole)] for each in (rows, asked))
+  table, said = {}, {}
   for name, params in (('SFT', trained | {'policy': frozen['reference']}), ('PPO', trained)):
     responses, sums = [''] * len(rows), None
     key = jax.random.key(run.experiment.seed + 2)
@@ -271,7 +276,7 @@ def compare(run):
                                     run.experiment.ppo.lengths):
       for i, text in zip(chosen, texts(run, rollout)):
         responses[i] = text
-      extra_score_B, _ = _extra_scores(run, rollout)
+      extra_score_B, _ = _extra_scores(run, [prompts[i] for i in chosen], rollout)
       _, metrics = programs.look_back(params, frozen, rollout, jnp.float32(0), {'score_B': extra_score_B})
       metrics = run.runner.fetch(metrics)
       sums = metrics if sums is None else {key: sums[key] + metrics[key] for key in sums}

@@ -10,13 +10,14 @@ import numpy as np
 from rlhf_jax import handoff, processes
 from rlhf_jax.checkpoint import restore_part
 from rlhf_jax.data import batches, encode
-from rlhf_jax.data.examples import Example, Turn
+from rlhf_jax.data.examples import Answer, Example, Turn
 from rlhf_jax.errors import DataError
 from rlhf_jax.losses.preference import beats, candidate_scores, ranking
 from rlhf_jax.model.heads import initial_params
 from rlhf_jax.stages import sft
 from rlhf_jax.stages.answers import compile_ask
 from rlhf_jax.stages.descent import descend, save_final
+from rlhf_jax.stages.task import PARTS
 
 NAME = 'reward'
 
@@ -26,9 +27,8 @@ def train(run):
   experiment, config = run.experiment, run.experiment.reward
   limits = experiment.data.limits
   train_examples, held_out_examples = _comparisons(run)
-  train_rows, skipped = encode.comparisons(train_examples, run.tokenizer, limits)
-  held_out_rows, also = encode.comparisons(held_out_examples, run.tokenizer, limits)
-  run.say_skipped(NAME, skipped + also, len(train_rows) + len(held_out_rows))
+  train_rows, held_out_rows = (run.rows(NAME, encode.comparisons, examples, part).rows
+                               for examples, part in zip((train_examples, held_out_examples), PARTS))
   source = batches.comparison_batches(train_rows, batch_size=config.batch_size, length=limits.tokens, seed=experiment.seed,
                                       part=run.runner.part)
   candidates = max(len(row.rows) for row in (*train_rows, *held_out_rows))
@@ -117,7 +117,8 @@ def _comparisons(run):
 def _write(path, split):
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = [json.dumps({'held_out': held_out, 'prompt': [[turn.role, turn.text] for turn in example.prompt],
-                       'responses': example.responses, 'ranks': example.ranks, 'place': example.place})
+                       'responses': example.responses, 'ranks': example.ranks, 'place': example.place,
+                       'ids': [getattr(response, 'ids', None) for response in example.responses]})
            for held_out, examples in zip((False, True), split) for example in examples]
   unfinished = path.with_suffix('.unfinished')
   unfinished.write_text('\n'.join(lines) + '\n')
@@ -128,5 +129,6 @@ def _read(path):
   split = [], []
   for row in map(json.loads, path.read_text().splitlines()):
     prompt = tuple(itertools.starmap(Turn, row['prompt']))
-    split[row['held_out']].append(Example(prompt, tuple(row['responses']), tuple(row['ranks']), row['place']))
+    responses = tuple(text if ids is None else Answer(text, ids) for text, ids in zip(row['responses'], row['ids']))
+    split[row['held_out']].append(Example(prompt, responses, tuple(row['ranks']), row['place']))
   return split

@@ -11,17 +11,19 @@ from rlhf_jax.losses.language import cross_entropy
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.model.heads import initial_params
 from rlhf_jax.stages.descent import descend, save_final
+from rlhf_jax.stages.task import PARTS
 
 NAME = 'sft'
+_SHOWN = 400  # characters of either end of a row that is shown
 
 
 def train(run):
   """Trains and checkpoints the policy; returns held-out {'loss', 'perplexity', 'loss_before'} and the loss's metrics."""
   experiment, config = run.experiment, run.experiment.sft
   limits = experiment.data.limits
-  train_rows, skipped = encode.demonstrations(run.task.demonstrations[0], run.tokenizer, limits)
-  held_out_rows, also = encode.demonstrations(run.task.demonstrations[1], run.tokenizer, limits)
-  run.say_skipped(NAME, skipped + also, len(train_rows) + len(held_out_rows))
+  train_rows, held_out_rows = (run.rows(NAME, encode.demonstrations, examples, part).rows
+                               for examples, part in zip(run.task.demonstrations, PARTS))
+  _say_what_is_trained(run, train_rows[0])
   source = batches.demonstration_batches(train_rows, batch_size=config.batch_size, length=limits.tokens,
                                          seed=experiment.seed, packed=config.packed,
                                          part=run.runner.part)
@@ -33,6 +35,17 @@ def train(run):
   measured['loss_before'] = read_metrics(run.stage(NAME))[0]['held_out/loss']
   save_final(run, NAME, state, measured)
   return measured
+
+
+def _say_what_is_trained(run, row):
+  """A line with the first row as the model sees it, and one where the model does not learn to end."""
+  shown = run.chat.shown(row.ids, row.mask).replace('\n', '\\n')
+  if len(shown) > 2 * _SHOWN:
+    shown = f'{shown[:_SHOWN]} ... {shown[-_SHOWN:]}'
+  print(f'{NAME}: trained on is what stands between [[ and ]], for example {shown}')
+  if row.ids[-1] in run.chat.end_tokens and not row.mask[-1]:
+    print(f'{NAME}: the {{% generation %}} marks of the chat template leave out the end token, so the model does not learn '
+          'to end its answers. Move it inside them.')
 
 
 def loss(run):

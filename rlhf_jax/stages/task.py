@@ -2,33 +2,40 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from rlhf_jax import processes
 from rlhf_jax.checkpoint import read_meta
 from rlhf_jax.config import Experiment
-from rlhf_jax.data.examples import Example
-from rlhf_jax.errors import CheckpointError
-from rlhf_jax.metrics import MetricsLog
+from rlhf_jax.data.chat import Chat
+from rlhf_jax.data.encode import Encoded
+from rlhf_jax.data.examples import Answer, Example, Prompt
+from rlhf_jax.data.kept_rows import read_rows, rows_key, write_rows
+from rlhf_jax.errors import CheckpointError, DataError
+from rlhf_jax.metrics import Counter, MetricsLog
 from rlhf_jax.model.heads import LanguageModel, ScalarModel
 from rlhf_jax.runners import Runner
 
+_ENCODING_S = 24 * 3600  # how long the others wait while the first process encodes; if it dies, they know sooner
 Split = tuple[list[Example], list[Example]]  # to train on, held out
+PARTS = 'the training part', 'the held-out part'  # of a Split, in words
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
   """Data and measures of an experiment.
 
-  `comparisons` is called with answer(prompts, samples) -> texts per prompt, which samples from the SFT policy: a world
-  whose labellers rank the policy's own answers needs it, recorded rankings do not. `judge(prompts, responses)` measures
-  answers beside the reward model, by name. `reward_functions` maps names to (function, weight).
+  `comparisons` is called with answer(prompts, samples) -> an `Answer` for each sample, a list a prompt, which samples from
+  the SFT policy: a world whose labellers rank the policy's own answers needs it, recorded rankings do not. Who ranks
+  returns the same objects in the responses of its examples, so that they are compared as the tokens that were sampled.
+  `judge(prompts, responses)` measures answers beside the reward model, by name: prompts are what the user said last, each
+  with its `turns`; responses are texts, each with its `ids`. `reward_functions` maps names to (function, weight); they
+  get the same.
   """
   demonstrations: Split
   comparisons: Callable[[Callable], Split]
   prompts: Split
-  judge: Callable[[list[str], list[str]], dict[str, float]] | None = None
+  judge: Callable[[Sequence[Prompt], Sequence[Answer]], dict[str, float]] | None = None
   reward_functions: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
   chat_template: str | None = None  # in place of the tokenizer's own, or of the one that it gets where it has none
   ceiling: Callable[[list[Example]], float] | None = None  # reward accuracy that the labellers' noise allows
@@ -39,7 +46,7 @@ class Run:
   """One run of an experiment on its devices."""
   experiment: Experiment
   task: Task
-  tokenizer: Any
+  chat: Chat
   runner: Runner
   directory: pathlib.Path
   policy: LanguageModel
@@ -73,10 +80,28 @@ class Run:
       raise CheckpointError(f'the stage {name} is not finished in {self.directory}, and what was asked for starts from the '
                             f'model that it leaves. Run it first: add {name} to --stages.')
 
-  def say_skipped(self, name, skipped, kept):
-    """One line on examples that a stage leaves out because of their length."""
-    if skipped:
-      print(f'{name}: {skipped} of {skipped + kept} examples are longer than --data.limits allow, and are skipped')
+  def rows(self, stage: str, read: Callable[..., Encoded], examples: Sequence[Example], part: str) -> Encoded:
+    """What `read` (of encode.py) makes of a part of a stage's examples; kept beside the run for the next start.
+
+    The first process encodes for all. What is left out or cut is said.
+    """
+    if not examples:
+      raise DataError(f'{part} of {stage} has no examples. Check the data path and --data.split, or hold out a larger '
+                      'share.')
+    data = self.experiment.data
+    name = f'{read.__name__}-{rows_key(read, examples, self.chat, data.limits, data.skip_bad_rows)[:20]}.npz'
+    path = self.directory / 'encoded' / name
+
+    def encode():
+      if read_rows(path) is None:
+        with Counter(f'{stage}: encoding {part}', len(examples)) as counter:
+          write_rows(path, read(examples, self.chat, data.limits, skip_bad_rows=data.skip_bad_rows,
+                                progress=counter.update))
+    processes.once(f'encoded {stage} {part}', encode, wait_s=_ENCODING_S)
+    encoded = read_rows(path)
+    for sentence in encoded.counts.sentences():
+      print(f'{stage}: {part}: {sentence}')
+    return encoded
 
   def log(self, name):
     """The metrics log of the stage of that name."""
