@@ -25,15 +25,15 @@ PARTS = 'the training part', 'the held-out part'  # of a Split, in words
 class Task:
   """Data and measures of an experiment.
 
-  `comparisons` is called with answer(prompts, samples) -> an `Answer` for each sample, a list a prompt, which samples from
-  the SFT policy: a world whose labellers rank the policy's own answers needs it, recorded rankings do not. Who ranks
+  `comparisons` are recorded rankings; or a function, for labellers who rank the policy's own answers. It is called with
+  answer(prompts, samples) -> an `Answer` for each sample, a list a prompt, which samples from the SFT policy. Who ranks
   returns the same objects in the responses of its examples, so that they are compared as the tokens that were sampled.
   `judge(prompts, responses)` measures answers beside the reward model, by name: prompts are what the user said last, each
   with its `turns`; responses are texts, each with its `ids`. `reward_functions` maps names to (function, weight); they
   get the same.
   """
   demonstrations: Split
-  comparisons: Callable[[Callable], Split]
+  comparisons: Split | Callable[[Callable], Split]
   prompts: Split
   judge: Callable[[Sequence[Prompt], Sequence[Answer]], dict[str, float]] | None = None
   reward_functions: Mapping[str, tuple] = dataclasses.field(default_factory=dict)

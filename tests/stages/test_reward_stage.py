@@ -123,6 +123,21 @@ def test_prompts_with_fewer_responses_than_others(finished, tmp_path):
   assert reward.train(run)['pairs'] == 2
 
 
+def test_recorded_rankings_give_the_same_as_a_function_that_returns_them(finished, tmp_path):
+  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'))
+  recorded = run.task.comparisons(None)
+  measured = reward.train(dataclasses.replace(run, task=dataclasses.replace(run.task, comparisons=recorded)))
+  assert_same_bits(reward.restore(run), reward.restore(prepare(finished)))
+  assert measured['accuracy'] == read_meta(prepare(finished).checkpoints('reward'))['evaluation']['accuracy']
+  assert not (run.stage('reward') / 'comparisons.jsonl').exists()               # nobody was asked
+
+
+def test_data_without_rankings_is_refused(finished, tmp_path):
+  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'), comparisons=([], []))
+  with pytest.raises(DataError, match='there are no comparisons: none of the examples has two or more ranked responses'):
+    reward.train(run)
+
+
 def test_the_share_that_noise_allows_is_reported(finished, tmp_path):
   run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'), ceiling=len)
   assert reward.train(run)['ceiling'] == 2
