@@ -22,6 +22,7 @@ from rlhf_jax.stages.task import Task
 class WorldConfig:
   """How much the simulated people say."""
   demonstrations: int = 20000  # answers that SFT imitates
+  held_out_demonstrations: int = 200  # answers to held-out prompts, for SFT's held-out loss
   ranked_prompts: int = 8000  # prompts whose answers the labeller ranks
   held_out_rankings: int = 10  # of each held-out prompt, with new answers every time
   answers_per_prompt: int = 4  # answers of the SFT policy to each of them
@@ -52,7 +53,8 @@ def make_task(experiment):
   """The simulated world as data: demonstrations, rankings of the policy's own answers, prompts, and the gold judge."""
   world, seed = experiment.world, experiment.seed
   train_prompts, held_out_prompts = simulated.prompts(seed)
-  demonstrations = simulated.demonstrations(seed, world.demonstrations + 200)
+  demonstrations = (simulated.demonstrations(seed, world.demonstrations),
+                    simulated.held_out_demonstrations(seed, world.held_out_demonstrations))
 
   def comparisons(answer):
     some = [train_prompts[i % len(train_prompts)] for i in range(world.ranked_prompts)]
@@ -68,7 +70,7 @@ def make_task(experiment):
     return {'gold score': found['score_mean'], 'gold score, std': found['score_std']} | {
       name: found[name] for name in ('correct', 'correct_safe', 'sarcastic', 'redundant', 'harmful', 'broken')}
 
-  return Task(demonstrations=(demonstrations[:-200], demonstrations[-200:]), comparisons=comparisons,
+  return Task(demonstrations=demonstrations, comparisons=comparisons,
               prompts=(train_prompts, held_out_prompts), judge=judge,
               ceiling=simulated.gold_accuracy)
 

@@ -378,14 +378,25 @@ def prompts(seed, held_out_share=0.15):
   return train, held_out
 
 
-def demonstrations(seed, count, shares=Shares(), held_out_share=0.15):
+def demonstrations(seed: int, count: int, shares: Shares = Shares(), held_out_share: float = 0.15) -> list[Example]:
   """`count` Examples of one response each, to the training prompts of the seed, each as often as any other (+-1)."""
-  rng = np.random.default_rng([seed, 1])
   train, _ = prompts(seed, held_out_share)
-  order = [i for _ in range(-(-count // len(train))) for i in rng.permutation(len(train))][:count]
-  return [_prompt(text, responses=(_demonstrate(_world()[text], rng, shares),), ranks=(0,),
-                  place=f'simulated demonstration {row}')
-          for row, text in enumerate(prompt_text(train[i]) for i in order)]
+  return _demonstrations(train, np.random.default_rng([seed, 1]), count, shares, 'simulated demonstration')
+
+
+def held_out_demonstrations(seed: int, count: int, shares: Shares = Shares(),
+                            held_out_share: float = 0.15) -> list[Example]:
+  """The same to the held-out prompts of the seed, which no training demonstration answers."""
+  _, held_out = prompts(seed, held_out_share)
+  return _demonstrations(held_out, np.random.default_rng([seed, 3]), count, shares, 'simulated held-out demonstration')
+
+
+def _demonstrations(asked, rng, count, shares, kind):
+  if not asked:
+    raise DataError(f'there is no prompt to demonstrate for a {kind}. Raise held_out_share above 0.')
+  order = [i for _ in range(-(-count // len(asked))) for i in rng.permutation(len(asked))][:count]
+  return [_prompt(text, responses=(_demonstrate(_world()[text], rng, shares),), ranks=(0,), place=f'{kind} {row}')
+          for row, text in enumerate(prompt_text(asked[i]) for i in order)]
 
 
 def _demonstrate(question, rng, shares):

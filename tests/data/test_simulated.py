@@ -1,5 +1,6 @@
 """The simulated world: what the gold judge thinks, what demonstrations are like, and how the labeller errs."""
 
+import collections
 import math
 
 import numpy as np
@@ -169,6 +170,28 @@ def test_held_out_prompts_are_unseen_but_their_contents_are_not():
   assert demonstrated == asked
 
 
+@pytest.mark.parametrize('seed', [0, 1, 3])
+def test_no_held_out_demonstration_is_of_a_training_prompt(seed):
+  train, held_out = simulated.prompts(seed)
+  shown = simulated.held_out_demonstrations(seed, 200)
+  trained_on = {e.prompt for e in simulated.demonstrations(seed, 2000)} | {e.prompt for e in train}
+  assert len(shown) == 200 and not {e.prompt for e in shown} & trained_on
+  assert {e.prompt for e in shown} == {e.prompt for e in held_out}
+
+
+def test_held_out_demonstrations_have_the_shares_of_those_to_train_on_and_their_own_chance():
+  shown, train = simulated.held_out_demonstrations(0, 4000), simulated.demonstrations(0, 4000)
+  found, expected = (simulated.summarise(part, [e.responses[0] for e in part]) for part in (shown, train))
+  for name in ('sarcastic', 'redundant', 'harmful', 'correct', 'polite'):
+    assert found[name] == pytest.approx(expected[name], abs=.05), name
+  counts = collections.Counter(e.prompt for e in shown).values()
+  assert max(counts) - min(counts) <= 1
+  again, of_another_seed = (simulated.held_out_demonstrations(seed, 4000) for seed in (0, 1))
+  assert again == shown != of_another_seed
+  plain = simulated.held_out_demonstrations(0, 300, PLAIN)
+  assert simulated.summarise(plain, [e.responses[0] for e in plain])['correct'] == 1
+
+
 def test_everything_is_a_function_of_the_seed():
   assert simulated.prompts(5) == simulated.prompts(5) != simulated.prompts(6)
   assert simulated.demonstrations(5, 70) == simulated.demonstrations(5, 70) != simulated.demonstrations(6, 70)
@@ -280,6 +303,7 @@ def test_a_summary_is_made_of_means():
   (lambda: Shares(wrong=1.2), ConfigError, r'Shares.wrong is 1.2. A share lies in \[0, 1\]'),
   (lambda: Shares(both=.4), ConfigError, 'Shares.both is 0.4'),
   (lambda: simulated.prompts(0, .5), ConfigError, 'held_out_share is 0.5'),
+  (lambda: simulated.held_out_demonstrations(0, 5, held_out_share=0), DataError, 'Raise held_out_share above 0'),
   (lambda: simulated.rank(['a'], [1], np.random.default_rng(0), -1), ConfigError, "labeller's noise is -1"),
   (lambda: simulated.rank(['a'], [], np.random.default_rng(0), 1), DataError, '1 responses and 0 scores'),
   (lambda: simulated.label([], [['a']], 0, 1), DataError, '0 prompts and 1 lists of responses'),
