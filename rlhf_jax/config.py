@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import io
 import json
+import math
 import typing
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Annotated, Literal
@@ -15,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rlhf_jax.data.encode import Limits
-from rlhf_jax.errors import ConfigError
+from rlhf_jax.errors import ConfigError, check_fields
 from rlhf_jax.experience import ExperienceConfig
 from rlhf_jax.losses.ppo import PPOLossConfig
 from rlhf_jax.optimizer import OptimizerConfig
@@ -84,6 +85,9 @@ class RewardConfig:
 
   def __post_init__(self):
     _positive(self, 'steps', 'batch_size', 'microbatches', 'evaluate_every', 'checkpoint_every')
+    check_fields('reward', self, (
+      'centring_weight', 0 <= self.centring_weight < math.inf, 'finite and not below 0',
+      'Pass 0 to leave scores where they are, or for example 0.01'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +119,18 @@ class PPOConfig:
   def __post_init__(self):
     _positive(self, 'iterations', 'batch_size', 'lengths', 'epochs', 'minibatches', 'microbatches', 'held_out_answers',
               'samples_every', 'checkpoint_every', *(('slots',) if self.slots is not None else ()))
-    if self.temperature <= 0:
-      raise ConfigError(f'PPO temperature={self.temperature}. It must be positive: greedy answers have no probability.')
+    target, stop = self.kl_target_nats_per_sequence, self.kl_stop_nats_per_sequence
+    check_fields(
+      'PPO', self,
+      ('temperature', 0 < self.temperature < math.inf,
+       'positive: greedy answers have no probability; and finite', 'Pass 1, or for example 0.7'),
+      ('kl_weight', 0 <= self.kl_weight < math.inf, 'finite and not below 0', 'Pass 0 for no leash, or for example 0.05'),
+      ('kl_target_nats_per_sequence', target is None or 0 < target < math.inf, 'positive, or None',
+       'Pass None for a kl_weight that stays, or for example 6'),
+      ('kl_horizon_episodes', 0 < self.kl_horizon_episodes < math.inf, 'positive and finite', 'Pass for example 10000'),
+      ('kl_stop_nats_per_sequence', stop is None or stop > 0, 'positive, or None', 'Pass None to train to the end'),
+      ('reward_model_weight', abs(self.reward_model_weight) < math.inf, 'finite',
+       'Pass 1, or 0 to score by reward functions alone'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +151,11 @@ class Experiment:
   ppo: PPOConfig = PPOConfig()
   tensorboard: bool = True  # write event files beside metrics.jsonl
   wandb: str | None = None  # Weights & Biases project to log to; needs the extra `wandb`
+
+  def __post_init__(self):
+    check_fields('experiment', self, (
+      'seed', 0 <= self.seed < 2 ** 31, 'from 0 to 2147483647: JAX keys hold no more, and would repeat',
+      'Pass a smaller number, for example 0'))
 
 
 def to_json(config):

@@ -43,6 +43,13 @@ class PreemptedError(Exception):
   """A run that was asked to stop, and will lose nothing when it goes on: nobody's mistake."""
 
 
+def check_fields(what, config, *rules):
+  """Raises ConfigError for the first of `rules` that does not hold: (field, holds, what it must be, what to do)."""
+  for field, holds, needed, do in rules:
+    if not holds:
+      raise ConfigError(f'{what} {field}={getattr(config, field)!r}. It must be {needed}. {do}.')
+
+
 def check_choices(config):
   """Raises ConfigError for a field of a frozen dataclass whose value is not among those of its Literal type."""
   for name, kind in typing.get_type_hints(type(config)).items():

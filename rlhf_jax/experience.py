@@ -5,13 +5,14 @@ so the first minibatch has ratio 1 and the KL is exactly 0 while the two share p
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.axes import check_axes
-from rlhf_jax.errors import ConfigError, check_choices
+from rlhf_jax.errors import ConfigError, check_choices, check_fields
 from rlhf_jax.maths import gae as advantages
 from rlhf_jax.maths import kl
 from rlhf_jax.maths.masked import masked_sum, whiten
@@ -38,8 +39,11 @@ class ExperienceConfig:
   def __post_init__(self):
     check_choices(self)
     for name in ('kl_limit', 'score_limit'):
-      if getattr(self, name) is not None and getattr(self, name) <= 0:
-        raise ConfigError(f'{name}={getattr(self, name)}. It must be positive, or None for no limit.')
+      limit = getattr(self, name)
+      check_fields('experience', self, (name, limit is None or 0 < limit < math.inf, 'positive, or None for no limit',
+                                        'Pass None, or for example 10'))
+    check_fields('experience', self, ('missing_end_score', abs(self.missing_end_score) < math.inf, 'finite',
+                                      'Pass for example 1'))
     for name in ('discount', 'trace'):
       if not 0 <= getattr(self, name) <= 1:
         raise ConfigError(f'{name}={getattr(self, name)}. It must be between 0 and 1.')

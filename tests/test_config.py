@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -19,6 +20,10 @@ from rlhf_jax.config import (
   to_json,
 )
 from rlhf_jax.errors import ConfigError
+from rlhf_jax.experience import ExperienceConfig
+from rlhf_jax.losses.ppo import PPOLossConfig
+
+INF, NAN = math.inf, math.nan
 
 
 def setting(config, name):
@@ -202,10 +207,37 @@ def test_help_has_the_comments(capsys):
   (lambda: PPOConfig(minibatches=0), 'PPOConfig minibatches=0'),
   (lambda: PPOConfig(samples_every=0), 'PPOConfig samples_every=0'),
   (lambda: PPOConfig(temperature=0.0), 'PPO temperature=0.0. It must be positive: greedy answers have no probability'),
+  (lambda: PPOConfig(temperature=INF), 'PPO temperature=inf. .* and finite'),
+  (lambda: PPOConfig(kl_weight=-0.1), 'PPO kl_weight=-0.1. It must be finite and not below 0. Pass 0 for no leash'),
+  (lambda: PPOConfig(kl_weight=NAN), 'PPO kl_weight=nan'),
+  (lambda: PPOConfig(kl_target_nats_per_sequence=0.0), 'kl_target_nats_per_sequence=0.0. It must be positive, or None'),
+  (lambda: PPOConfig(kl_target_nats_per_sequence=INF), 'kl_target_nats_per_sequence=inf'),
+  (lambda: PPOConfig(kl_horizon_episodes=0), 'kl_horizon_episodes=0. It must be positive and finite. Pass'),
+  (lambda: PPOConfig(kl_stop_nats_per_sequence=0.0), 'kl_stop_nats_per_sequence=0.0. It must be positive, or None'),
+  (lambda: PPOConfig(kl_stop_nats_per_sequence=NAN), 'kl_stop_nats_per_sequence=nan'),
+  (lambda: PPOConfig(reward_model_weight=NAN), 'PPO reward_model_weight=nan. It must be finite'),
+  (lambda: PPOLossConfig(value_weight=-0.1), 'PPO value_weight=-0.1. It must be finite and not below 0'),
+  (lambda: PPOLossConfig(value_weight=INF), 'PPO value_weight=inf'),
+  (lambda: PPOLossConfig(entropy_weight=NAN), 'PPO entropy_weight=nan. It must be finite. Pass 0 for no bonus'),
+  (lambda: PPOLossConfig(clip=INF), 'PPO clip=inf'),
+  (lambda: PPOLossConfig(value_clip=NAN), 'PPO value_clip=nan. It must be positive, or None for no clip'),
+  (lambda: PPOLossConfig(dual_clip=INF), 'PPO dual_clip=inf. It must be above 1, or None'),
+  (lambda: PPOLossConfig(log_ratio_limit=NAN), 'PPO log_ratio_limit=nan'),
+  (lambda: ExperienceConfig(missing_end_score=NAN), 'experience missing_end_score=nan. It must be finite'),
+  (lambda: ExperienceConfig(kl_limit=NAN), 'experience kl_limit=nan. It must be positive, or None for no limit'),
+  (lambda: RewardConfig(centring_weight=-0.1), 'reward centring_weight=-0.1. It must be finite and not below 0'),
+  (lambda: Experiment(seed=-1), 'experiment seed=-1. It must be from 0 to 2147483647'),
+  (lambda: Experiment(seed=2 ** 31), 'experiment seed=2147483648. .* and would repeat. Pass a smaller number'),
 ])
 def test_what_cannot_work_is_refused(make, says):
   with pytest.raises(ConfigError, match=says):
     make()
+
+
+def test_what_lies_on_the_edge_is_taken():
+  Experiment(seed=0), Experiment(seed=2 ** 31 - 1)
+  PPOConfig(kl_weight=0.0, reward_model_weight=-1.0, kl_stop_nats_per_sequence=INF)
+  PPOLossConfig(value_weight=0.0, entropy_weight=-0.01), ExperienceConfig(missing_end_score=-1.5)
 
 
 def test_configs_are_frozen():

@@ -5,12 +5,13 @@ over the response tokens of the global minibatch: the Means of policy and value 
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.axes import check_axes
-from rlhf_jax.errors import ConfigError
+from rlhf_jax.errors import ConfigError, check_fields
 from rlhf_jax.maths.kl import kl_k2
 from rlhf_jax.maths.masked import masked_sum
 from rlhf_jax.model import forward
@@ -30,14 +31,15 @@ class PPOLossConfig:
   log_ratio_limit: float | None = None  # log-ratios are clamped to +- this before the exponential; None: not
 
   def __post_init__(self):
-    if self.log_ratio_limit is not None and self.log_ratio_limit <= 0:
-      raise ConfigError(f'PPO log_ratio_limit={self.log_ratio_limit}. It must be positive, or None for no clamp.')
-    if self.clip <= 0:
-      raise ConfigError(f'PPO clip={self.clip}. It must be positive, for example 0.2.')
-    if self.value_clip is not None and self.value_clip <= 0:
-      raise ConfigError(f'PPO value_clip={self.value_clip}. It must be positive, or None for no clip.')
-    if self.dual_clip is not None and self.dual_clip <= 1:
-      raise ConfigError(f'PPO dual_clip={self.dual_clip}. It must be above 1, or None for none (Ye et al. 2020 use 3).')
+    within = lambda limit, low: limit is None or low < limit < math.inf
+    check_fields(
+      'PPO', self,
+      ('log_ratio_limit', within(self.log_ratio_limit, 0), 'positive, or None for no clamp', 'Pass None, or for example 10'),
+      ('clip', 0 < self.clip < math.inf, 'positive and finite', 'Pass for example 0.2'),
+      ('value_clip', within(self.value_clip, 0), 'positive, or None for no clip', 'Pass None, or for example 0.2'),
+      ('dual_clip', within(self.dual_clip, 1), 'above 1, or None for none', 'Pass 3, as Ye et al. 2020 do'),
+      ('value_weight', 0 <= self.value_weight < math.inf, 'finite and not below 0', 'Pass for example 0.1'),
+      ('entropy_weight', abs(self.entropy_weight) < math.inf, 'finite', 'Pass 0 for no bonus'))
 
 
 def policy_loss(logprob_BR, old_logprob_BR, advantage_BR, config):
