@@ -22,10 +22,15 @@ from rlhf_jax.step import init_state, make_eval_step, make_train_step
 
 def compile_step(runner, loss_fn, config):
   """(optimizer, step): the update of a stage with that config, compiled, and what made it."""
-  warmup = min(config.optimizer.warmup_steps, config.steps // 2)                  # a short trial run is still a run
-  optimizer = make_optimizer(dataclasses.replace(config.optimizer, total_steps=config.steps, warmup_steps=warmup))
+  optimizer = make_optimizer(dataclasses.replace(
+    config.optimizer, total_steps=config.optimizer.total_steps or config.steps, warmup_steps=warmup_steps(config)))
   step = make_train_step(loss_fn, optimizer, axis_name=runner.axis_name, microbatches=config.microbatches)
   return optimizer, runner.compile(step, inputs=('params', 'batch', 'same'), outputs=('params', 'same'), donate=(0,))
+
+
+def warmup_steps(config):
+  """Steps of a stage's warm-up: at most half of the stage, for a short trial run is still a run."""
+  return min(config.optimizer.warmup_steps, config.steps // 2)
 
 
 def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out, unit):
@@ -37,6 +42,9 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
   `unit` is what a loss counts, for the speed that is shown. Returns (state, evaluation).
   """
   runner, key = run.runner, jax.random.key(run.experiment.seed)
+  if warmup_steps(config) < config.optimizer.warmup_steps:
+    print(f'{name}: a warm-up of {warmup_steps(config)} steps in place of {config.optimizer.warmup_steps}, so that it takes '
+          f'at most half of {config.steps}')
   optimizer, step = compile_step(runner, loss_fn, config)
   evaluate = _evaluation(runner, loss_fn, held_out)
   with Checkpoints(run.checkpoints(name)) as checkpoints, run.log(name) as log:

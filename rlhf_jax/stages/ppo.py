@@ -61,7 +61,8 @@ def compile_programs(run, optimizer):
 def optimizer_of(run):
   """What turns this stage's gradients into updates; its schedule counts iterations."""
   config = run.experiment.ppo
-  return make_optimizer(dataclasses.replace(config.optimizer, total_steps=config.iterations),
+  total_steps = config.optimizer.total_steps or config.iterations
+  return make_optimizer(dataclasses.replace(config.optimizer, total_steps=total_steps),
                         updates_per_step=config.epochs * config.minibatches)
 
 
