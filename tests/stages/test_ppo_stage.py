@@ -83,6 +83,15 @@ def test_answers_from_a_queue_are_the_same(finished, plain, tmp_path):
   assert first['score'] == pytest.approx(together['score'], abs=1e-5)
 
 
+@pytest.mark.parametrize('done, broken', [(1, {'kl_nats_per_sequence': 0.01}), (3, {'first_ratio': 1.01})])
+def test_in_tests_a_broken_fact_is_an_error(done, broken):
+  """A run only warns. Here pyproject.toml makes errors of two warnings, by their texts."""
+  facts = {'kl_nats_per_sequence': 0.0, 'first_ratio': 1.0, 'ended': 0.5}
+  ppo._check_facts(done, facts)
+  with pytest.raises(UserWarning, match='it should be'):
+    ppo._check_facts(done, facts | broken)
+
+
 # ---- what is scored
 
 def test_python_rewards_are_added_to_the_reward_model_by_weight(finished, plain, tmp_path):
