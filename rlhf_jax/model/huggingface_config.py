@@ -113,23 +113,24 @@ def config_from_huggingface(config_json, **changes):
   return ModelConfig(**({'family': name} | values | changes))
 
 
-def config_to_huggingface(config, *, kind='language', dtype='float32', end_token=None, pad_token=None):
+def config_to_huggingface(config, *, kind='language', dtype='float32', begin_token=None, end_token=None, pad_token=None):
   """The contents of `config.json` for a model of that kind, whose files hold `dtype`.
 
-  `end_token` is an id or a list of ids at which generation stops. transformers scores the last token that is not
+  `begin_token` is the id that a text starts with, if any; `end_token` is an id or a list of ids at which generation
+  stops. transformers scores the last token that is not
   `pad_token`, so kind 'scalar' needs it, and it should not be the end token, or the score is read a token early. Raises
   ConfigError where the family's format has no place for a field of the config.
   """
   check_kind(kind)
   family = _family(config.family)
-  _check_tokens(config, kind, end_token, pad_token)
+  _check_tokens(config, kind, begin_token, end_token, pad_token)
   if dtype not in DTYPES:
     raise ConfigError(f'dtype={dtype!r} of a Hugging Face file. Use one of: {", ".join(DTYPES)}.')
   written = {'architectures': [family.classes[KINDS.index(kind)]], 'model_type': config.family}
   written |= {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
   written[family.fields['activation']] = _WRITTEN_ACTIVATIONS[config.activation]
   written |= _rope_to(config, family) | _window_to(config, family) | family.written
-  written |= {'bos_token_id': None, 'eos_token_id': end_token, 'pad_token_id': pad_token}
+  written |= {'bos_token_id': begin_token, 'eos_token_id': end_token, 'pad_token_id': pad_token}
   written |= {'dtype': dtype, 'torch_dtype': dtype}
   if kind == 'scalar':  # 'regression' tells servers to pass the score on without a sigmoid
     written |= {'num_labels': 1, 'id2label': {'0': 'score'}, 'label2id': {'score': 0}, 'problem_type': 'regression'}
@@ -239,8 +240,8 @@ def _window_to(config, family):
   return written
 
 
-def _check_tokens(config, kind, end_token, pad_token):
-  for name, ids in (('end_token', end_token), ('pad_token', pad_token)):
+def _check_tokens(config, kind, begin_token, end_token, pad_token):
+  for name, ids in (('begin_token', begin_token), ('end_token', end_token), ('pad_token', pad_token)):
     for token in ids if isinstance(ids, (list, tuple)) else [ids]:
       if token is not None and not 0 <= token < config.vocab_size:
         raise ConfigError(f'{name}={token} is outside the vocabulary of {config.vocab_size} tokens. Use the id that '

@@ -19,7 +19,7 @@ from rlhf_jax.errors import CheckpointError, ConfigError
 from rlhf_jax.model import forward
 from rlhf_jax.model.config import PRESETS, ModelConfig, RopeScaling
 from rlhf_jax.model.heads import LanguageModel, ScalarModel, initial_params
-from rlhf_jax.model.huggingface import load, read_config, save
+from rlhf_jax.model.huggingface import load, read_config, read_generation_ids, save
 from rlhf_jax.model.huggingface_config import RUNTIME_FIELDS, config_from_huggingface, config_to_huggingface
 
 CONFIGS = FAMILIES | {
@@ -171,6 +171,73 @@ def test_scores_equal_transformers_both_ways(name, tmp_path):
   _same_trees(_load(tmp_path / 'ours', kind='scalar')[1], params)
 
 
+# --------------------------------------------------------------------------------------------------- where it ends
+
+@pytest.mark.parametrize('end_token', [2, [2, 3]])
+def test_transformers_reads_begin_end_and_pad_token(end_token, tmp_path):
+  config = FAMILIES['llama']
+  save(tmp_path, config, _random_params(config, 'language'), kind='language', begin_token=1, end_token=end_token,
+       pad_token=PAD)
+  for theirs in (transformers.GenerationConfig.from_pretrained(tmp_path),
+                 transformers.AutoConfig.from_pretrained(tmp_path),
+                 transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generation_config):
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, end_token, PAD)
+
+
+@pytest.mark.parametrize('place', [0, 1])
+def test_transformers_stops_at_each_end_token(place, tmp_path):
+  config, params = FAMILIES['llama'], _random_params(FAMILIES['llama'], 'language')
+  save(tmp_path / 'endless', config, params, kind='language', pad_token=PAD)
+  endless = _sampled(tmp_path / 'endless')
+  end = endless[5]
+  unseen = next(token for token in range(config.vocab_size) if token not in endless)
+  save(tmp_path / 'ends', config, params, kind='language', pad_token=PAD,
+       end_token=[end, unseen] if place == 0 else [unseen, end])
+  assert _sampled(tmp_path / 'ends') == endless[:endless.index(end) + 1]
+
+
+def _sampled(directory):
+  """The ids that transformers' model samples after a prompt, 16 of them unless it stops before."""
+  model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+  prompt_BT = torch.tensor([[11, 12, 13]])
+  torch.manual_seed(4)
+  return model.generate(prompt_BT, do_sample=True, temperature=3.0, max_new_tokens=16)[0, 3:].tolist()
+
+
+@pytest.mark.parametrize('end_token, ids', [(2, (2,)), ([2, 3], (2, 3)), (None, ())])
+def test_end_tokens_are_read_from_either_file(end_token, ids, tmp_path):
+  config = FAMILIES['llama']
+  save(tmp_path, config, _random_params(config, 'language'), kind='language', end_token=end_token)
+  config_json = json.loads((tmp_path / 'config.json').read_text())
+  (tmp_path / 'config.json').write_text(json.dumps(config_json | {'eos_token_id': 9}))
+  assert read_generation_ids(tmp_path) == (ids or (9,))
+  (tmp_path / 'config.json').write_text(json.dumps(config_json))
+  (tmp_path / 'generation_config.json').unlink()
+  assert read_generation_ids(tmp_path) == ids
+
+
+def test_a_reward_model_takes_the_place_of_a_language_model_and_its_generation_config(tmp_path):
+  config = FAMILIES['llama']
+  save(tmp_path, config, _random_params(config, 'language'), kind='language', end_token=2)
+  save(tmp_path, config, _random_params(config, 'scalar'), kind='scalar', end_token=2, pad_token=PAD)
+  assert sorted(x.name for x in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
+  assert read_generation_ids(tmp_path) == (2,)
+
+
+@pytest.mark.parametrize('file', ['config.json', 'generation_config.json'])
+def test_end_tokens_that_cannot_be_read_are_named(file, tmp_path):
+  (tmp_path / 'config.json').write_text('{}')
+  for content, message in [('{"eos_token_id": "</s>"}', 'has eos_token_id="</s>". It has to be the id of a token'),
+                           ('{"eos_token_id": [2, null]}', r'has eos_token_id=\[2, null\]'),
+                           ('{"eos_token_id": true}', 'has eos_token_id=true'),
+                           ('{"eos_token_id": ', 'cannot be read as JSON'), ('[2]', 'is not a JSON object')]:
+    (tmp_path / file).write_text(content)
+    with pytest.raises(CheckpointError, match=f'/{file} {message}'):
+      read_generation_ids(tmp_path)
+  with pytest.raises(CheckpointError, match='nobody/no-such-model is not a directory'):
+    read_generation_ids('nobody/no-such-model')
+
+
 # ------------------------------------------------------------------------------------------------ there and back again
 
 @pytest.mark.parametrize('name', [*CONFIGS, *PRESETS])
@@ -212,7 +279,7 @@ def test_shards_hold_every_tensor_once_and_stale_ones_go(tmp_path):
   _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
   assert not info['missing_keys'] and not info['unexpected_keys']
   save(tmp_path, config, params, kind='language')
-  assert sorted(x.name for x in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
+  assert sorted(x.name for x in tmp_path.iterdir()) == ['config.json', 'generation_config.json', 'model.safetensors']
 
 
 @pytest.mark.parametrize('name, prefix', [('gpt2', 'transformer.'), ('gpt_neox', 'gpt_neox.'),
@@ -330,6 +397,7 @@ def test_tokens_kind_and_dtype_are_checked_before_anything_is_written(tmp_path):
                            ({'kind': 'value'}, "kind='value' .* language, scalar"),
                            ({'kind': 'scalar'}, 'pad_token=None'),
                            ({'end_token': [2, 61]}, 'end_token=61 is outside the vocabulary of 61'),
+                           ({'begin_token': 99}, 'begin_token=99 is outside the vocabulary of 61'),
                            ({'pad_token': -1}, 'pad_token=-1 is outside')]:
     with pytest.raises(ConfigError, match=message):
       save(tmp_path, config, {}, **({'kind': 'language'} | changes))
