@@ -24,7 +24,15 @@ from rlhf_jax import config as configs
 from rlhf_jax.checkpoint import read_meta
 from rlhf_jax.data.chat import open_chat
 from rlhf_jax.data.examples import fingerprint
-from rlhf_jax.data.text import check_vocabulary, load_tokenizer, save_tokenizer, train_tokenizer, with_begin
+from rlhf_jax.data.padding_token import with_pad_token
+from rlhf_jax.data.text import (
+  check_vocabulary,
+  export_tokenizer,
+  load_tokenizer,
+  save_tokenizer,
+  train_tokenizer,
+  with_begin,
+)
 from rlhf_jax.errors import CheckpointError, ConfigError, PreemptedError, ProcessError, RlhfJaxError
 from rlhf_jax.model import huggingface
 from rlhf_jax.model.config import preset
@@ -204,7 +212,8 @@ def _keep_data_facts(directory, task):
   """Writes down when the run began and what its data is; ConfigError where a stage has begun with other data."""
   path, now = directory / _DATA_FACTS, _data_facts(task)
   facts = json.loads(path.read_text()) if path.exists() else {'began': datetime.datetime.now().isoformat()}
-  changed = [f'{name}: {_counted(facts[name])} -> {_counted(now[name])}' for name in now if facts.get(name, now[name]) != now[name]]
+  changed = [f'{name}: {_counted(facts[name])} -> {_counted(now[name])}'
+             for name in now if facts.get(name, now[name]) != now[name]]
   if changed and any((directory / name).exists() for name in _STAGES):
     raise ConfigError(f'the data of the run in {directory} has changed since it began; {"; ".join(changed)}. Go on with the '
                       'data that it began with, or pass another --run-dir, or --restart to delete the run and start anew.')
@@ -370,7 +379,8 @@ def _export(run, name):
     if processes.stop_asked():
       raise PreemptedError(f'{name} is finished, its export will be written again')
     return run.runner.fetch(leaf)
-  huggingface.save(unfinished, model.config, params, kind=kind, end_token=run.chat.end_tokens,
+  ends = run.chat.end_tokens
+  huggingface.save(unfinished, model.config, params, kind=kind, end_token=list(ends) if len(ends) > 1 else ends[0],
                    pad_token=run.chat.pad_token, begin_token=run.chat.begin_token, fetch=fetch)
 
   def finish():

@@ -58,12 +58,13 @@ class Example:
 def fingerprint(examples: Iterable[Example]) -> str:
   """SHA-256 of all turns, responses and ranks, in their order; of places nothing, since files may move.
 
-  Of an `Answer` its ids count too. The same in every process. It tells whether a run that goes on has the data that it began with.
+  Of an `Answer` its ids count too. The same in every process. It tells whether a run that goes on has the data that it
+  began with.
   """
   digest = hashlib.sha256()
   for example in examples:
     turns = [(turn.role, turn.text) for turn in example.prompt]
     ranks = [int(rank) for rank in example.ranks]
     sampled = [response.ids for response in example.responses if isinstance(response, Answer)]
-    digest.update(json.dumps([turns, example.responses, ranks, sampled]).encode())
+    digest.update(json.dumps([turns, example.responses, ranks, *sampled]).encode())
   return digest.hexdigest()

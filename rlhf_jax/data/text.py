@@ -3,6 +3,7 @@
 Next: `chat.py`, which makes tokens of conversations.
 """
 
+import copy
 import pathlib
 import re
 
@@ -30,6 +31,7 @@ TURN_TEMPLATE = (
   "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
+_MARK = re.compile(r'(?P<open>\{%[-+]?)\s*(?P<name>(end)?generation)\s*(?P<close>[-+]?%\})')
 _SPECIAL = ('<|pad|>', '<|end|>', '<|system|>', '<|user|>', '<|assistant|>')
 
 
@@ -79,14 +81,9 @@ def with_begin(template, tokenizer):
   return '{{ bos_token }}' + template if begins and 'bos_token' not in template else template
 
 
-def pad_token(tokenizer):
-  """The id that fills unused slots: the tokenizer's pad token, or its end token where it has none."""
-  return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
 def check_vocabulary(tokenizer, **configs):
   """Raises ConfigError where a model's vocabulary cannot hold the tokenizer's ids, or where two models' differ."""
-  largest = max(len(tokenizer), pad_token(tokenizer) + 1)
+  largest = max(tokenizer.get_vocab().values()) + 1
   sizes = {name: config.vocab_size for name, config in configs.items()}
   for name, size in sizes.items():
     if size < largest:
@@ -128,6 +125,22 @@ def _first_line(error):
 
 
 def save_tokenizer(tokenizer, directory):
-  """The tokenizer's files beside an exported model."""
+  """The tokenizer's files, as `load_tokenizer` reads them."""
   pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
   tokenizer.save_pretrained(directory)
+
+
+def export_tokenizer(tokenizer, directory):
+  """The tokenizer's files beside an exported model: its template without the marks that only transformers reads."""
+  exported = copy.deepcopy(tokenizer)
+  exported.chat_template = plain_jinja(tokenizer.get_chat_template())
+  save_tokenizer(exported, directory)
+
+
+def plain_jinja(template):
+  """The template with `{% generation %}` in a form that every jinja reads; it renders the same text.
+
+  The tags become `{% if true %}`, which keeps the white space that they control.
+  """
+  tags = {'generation': 'if true', 'endgeneration': 'endif'}
+  return _MARK.sub(lambda tag: f'{tag["open"]} {tags[tag["name"]]} {tag["close"]}', template)

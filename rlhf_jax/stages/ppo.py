@@ -136,9 +136,9 @@ def _prompts(run, side):
 
 
 def _iterate(run, programs, state, frozen, prompts, asked, key, kl_weight):
-  """One iteration: (state, metrics, rollout), `asked` being the Prompt of each row of the whole batch. Seconds are measured with the devices drained in between.
+  """One iteration: (state, metrics, rollout); `asked` has the Prompt of each row of the whole batch.
 
-  Where the answers lie beyond the KL limit nothing is learned from them, and the metrics of the updates are absent.
+  Seconds are measured with the devices drained in between. Where the answers lie beyond the KL limit nothing is learned from them, and the metrics of the updates are absent.
   """
   began = time.monotonic()
   answer_key, learn_key = jax.random.split(key)
@@ -186,7 +186,9 @@ def _learned(learned):
 
 
 def _extra_scores(run, asked, rollout):
-  """What the Python reward functions say of the answers to the Prompts `asked`: (weighted sum [B], means by name); zeros where there are none.
+  """What the Python reward functions say of the answers to the Prompts `asked`: (weighted sum [B], means by name).
+
+  Zeros where there are none.
 
   Each process asks them about its own part of the rollout, and returns that part of the sum. Where `tensor` spans several
   processes, these have the same part: what the functions say of a text must not depend on chance.
