@@ -126,10 +126,10 @@ def read_config(path, **changes):
 
 
 def read_generation_ids(path: str | Path) -> tuple[int, ...]:
-  """The end tokens of a local directory or a model of the Hub, at each of which generation stops; () if it says none.
+  """Ids at which generation stops, of a local directory or a model of the Hub; () if it says none.
 
-  They are `eos_token_id` of generation_config.json, and of config.json where the former is absent or does not say.
-  Raises CheckpointError where that is not an id or a list of ids.
+  They are the `eos_token_id` of generation_config.json, or that of config.json where the former is
+  absent or does not say. Raises CheckpointError where it is neither an id nor a list of ids.
   """
   directory = _local(path, _FILES[:2])
   for file in (directory / 'generation_config.json', directory / 'config.json'):
@@ -193,21 +193,22 @@ def load(path, config, *, kind='language', shardings=None):
   return flax.traverse_util.unflatten_dict(params)
 
 
-def save(directory, config, params, *, kind, begin_token=None, end_token=None, pad_token=None, dtype='float32',
-         shard_bytes=2**30, fetch=jax.device_get):
+def save(directory, config, params, *, kind, begin_token=None, end_token=None, pad_token=None,
+         dtype='float32', shard_bytes=2**30, fetch=jax.device_get):
   """Writes parameters where transformers and vLLM can load them: config.json and safetensors, more than one if large.
 
-  Weights that a directory already holds are replaced. A language model gets a generation_config.json, from which
-  servers know where an answer ends. A reward model becomes a `...ForSequenceClassification` with one label, which has
-  no bias: transformers computes the score less `score_bias`, a key of config.json that `load` reads. `begin_token`,
-  `end_token` and `pad_token` are described in `config_to_huggingface`.
+  Weights that a directory already holds are replaced. A language model gets a
+  generation_config.json too, by which servers know where an answer ends. A reward model becomes a
+  `...ForSequenceClassification` with one label, which has no bias: transformers computes the score
+  less `score_bias`, a key of config.json that `load` reads. `begin_token`, `end_token` and
+  `pad_token` are described in `config_to_huggingface`.
 
   Parameters may be sharded: `fetch` brings one layer of one of them to the host at a time. safetensors writes a file
   from memory, so the host holds that layer and one file, of `shard_bytes` or of one tensor that is larger. All processes
   call this, since a fetch may need them all; the first one writes.
   """
-  config_json = config_to_huggingface(config, kind=kind, dtype=dtype, begin_token=begin_token, end_token=end_token,
-                                      pad_token=pad_token)
+  config_json = config_to_huggingface(config, kind=kind, dtype=dtype, begin_token=begin_token,
+                                      end_token=end_token, pad_token=pad_token)
   leaves = _checked_leaves(config, kind, params)
   if kind == 'scalar':
     config_json['score_bias'] = float(fetch(leaves['bias']))
@@ -314,8 +315,8 @@ def _token_ids(said, file):
   """The `eos_token_id` of that file, one id or a list of them, as a tuple."""
   ids = said if isinstance(said, list) else [said]
   if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-    raise CheckpointError(f'{file} has eos_token_id={json.dumps(said)}. It has to be the id of a token, or a list of '
-                          'ids. Correct it, or copy the file again.')
+    raise CheckpointError(f'{file} has eos_token_id={json.dumps(said)}. It has to be the id of a '
+                          'token, or a list of ids. Correct it, or copy the file again.')
   return tuple(ids)
 
 
@@ -468,7 +469,7 @@ def _to_theirs(row, layer, leaves, config, dtype, fetch):
 
 
 def _clear(directory):
-  """An existing directory without weights, and without the generation_config.json of another model."""
+  """An existing directory, without the weights and generation_config.json of another model."""
   directory.mkdir(parents=True, exist_ok=True)
   for pattern in _FILES[1:]:
     for old in directory.glob(pattern):

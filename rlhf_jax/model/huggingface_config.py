@@ -113,11 +113,12 @@ def config_from_huggingface(config_json, **changes):
   return ModelConfig(**({'family': name} | values | changes))
 
 
-def config_to_huggingface(config, *, kind='language', dtype='float32', begin_token=None, end_token=None, pad_token=None):
+def config_to_huggingface(config, *, kind='language', dtype='float32', begin_token=None,
+                          end_token=None, pad_token=None):
   """The contents of `config.json` for a model of that kind, whose files hold `dtype`.
 
-  `begin_token` is the id that a text starts with, if any; `end_token` is an id or a list of ids at which generation
-  stops. transformers scores the last token that is not
+  `begin_token` is the id that a text starts with, if any; `end_token` is an id or a list of ids at
+  which generation stops. transformers scores the last token that is not
   `pad_token`, so kind 'scalar' needs it, and it should not be the end token, or the score is read a token early. Raises
   ConfigError where the family's format has no place for a field of the config.
   """
@@ -241,7 +242,8 @@ def _window_to(config, family):
 
 
 def _check_tokens(config, kind, begin_token, end_token, pad_token):
-  for name, ids in (('begin_token', begin_token), ('end_token', end_token), ('pad_token', pad_token)):
+  given = {'begin_token': begin_token, 'end_token': end_token, 'pad_token': pad_token}
+  for name, ids in given.items():
     for token in ids if isinstance(ids, (list, tuple)) else [ids]:
       if token is not None and not 0 <= token < config.vocab_size:
         raise ConfigError(f'{name}={token} is outside the vocabulary of {config.vocab_size} tokens. Use the id that '

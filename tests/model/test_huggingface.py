@@ -171,13 +171,13 @@ def test_scores_equal_transformers_both_ways(name, tmp_path):
   _same_trees(_load(tmp_path / 'ours', kind='scalar')[1], params)
 
 
-# --------------------------------------------------------------------------------------------------- where it ends
+# ------------------------------------------------------------------------------------ where it ends
 
 @pytest.mark.parametrize('end_token', [2, [2, 3]])
 def test_transformers_reads_begin_end_and_pad_token(end_token, tmp_path):
   config = FAMILIES['llama']
-  save(tmp_path, config, _random_params(config, 'language'), kind='language', begin_token=1, end_token=end_token,
-       pad_token=PAD)
+  save(tmp_path, config, _random_params(config, 'language'), kind='language', begin_token=1,
+       end_token=end_token, pad_token=PAD)
   for theirs in (transformers.GenerationConfig.from_pretrained(tmp_path),
                  transformers.AutoConfig.from_pretrained(tmp_path),
                  transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generation_config):
@@ -201,7 +201,8 @@ def _sampled(directory):
   model = transformers.AutoModelForCausalLM.from_pretrained(directory)
   prompt_BT = torch.tensor([[11, 12, 13]])
   torch.manual_seed(4)
-  return model.generate(prompt_BT, do_sample=True, temperature=3.0, max_new_tokens=16)[0, 3:].tolist()
+  tokens_BT = model.generate(prompt_BT, do_sample=True, temperature=3.0, max_new_tokens=16)
+  return tokens_BT[0, 3:].tolist()
 
 
 @pytest.mark.parametrize('end_token, ids', [(2, (2,)), ([2, 3], (2, 3)), (None, ())])
@@ -219,7 +220,8 @@ def test_end_tokens_are_read_from_either_file(end_token, ids, tmp_path):
 def test_a_reward_model_takes_the_place_of_a_language_model_and_its_generation_config(tmp_path):
   config = FAMILIES['llama']
   save(tmp_path, config, _random_params(config, 'language'), kind='language', end_token=2)
-  save(tmp_path, config, _random_params(config, 'scalar'), kind='scalar', end_token=2, pad_token=PAD)
+  params = _random_params(config, 'scalar')
+  save(tmp_path, config, params, kind='scalar', end_token=2, pad_token=PAD)
   assert sorted(x.name for x in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
   assert read_generation_ids(tmp_path) == (2,)
 
@@ -227,10 +229,11 @@ def test_a_reward_model_takes_the_place_of_a_language_model_and_its_generation_c
 @pytest.mark.parametrize('file', ['config.json', 'generation_config.json'])
 def test_end_tokens_that_cannot_be_read_are_named(file, tmp_path):
   (tmp_path / 'config.json').write_text('{}')
-  for content, message in [('{"eos_token_id": "</s>"}', 'has eos_token_id="</s>". It has to be the id of a token'),
+  for content, message in [('{"eos_token_id": "</s>"}', 'has eos_token_id="</s>". It has to be'),
                            ('{"eos_token_id": [2, null]}', r'has eos_token_id=\[2, null\]'),
                            ('{"eos_token_id": true}', 'has eos_token_id=true'),
-                           ('{"eos_token_id": ', 'cannot be read as JSON'), ('[2]', 'is not a JSON object')]:
+                           ('{"eos_token_id": ', 'cannot be read as JSON'),
+                           ('[2]', 'is not a JSON object')]:
     (tmp_path / file).write_text(content)
     with pytest.raises(CheckpointError, match=f'/{file} {message}'):
       read_generation_ids(tmp_path)
@@ -279,7 +282,8 @@ def test_shards_hold_every_tensor_once_and_stale_ones_go(tmp_path):
   _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
   assert not info['missing_keys'] and not info['unexpected_keys']
   save(tmp_path, config, params, kind='language')
-  assert sorted(x.name for x in tmp_path.iterdir()) == ['config.json', 'generation_config.json', 'model.safetensors']
+  files = ['config.json', 'generation_config.json', 'model.safetensors']
+  assert sorted(x.name for x in tmp_path.iterdir()) == files
 
 
 @pytest.mark.parametrize('name, prefix', [('gpt2', 'transformer.'), ('gpt_neox', 'gpt_neox.'),
