@@ -121,7 +121,7 @@ def _with_renamed_byte(tokenizer, usable):
 
 
 def _with_special_token(tokenizer):
-  """The same tokenizer, padded with PAD_TOKEN: the vocabulary's entry of that name, or a new one."""
+  """The same tokenizer, padded with PAD_TOKEN: the entry of that name, or a new one."""
   token = tokenizers.AddedToken(PAD_TOKEN, special=True, normalized=False)
   tokenizer.add_special_tokens({'pad_token': token})
   return tokenizer
