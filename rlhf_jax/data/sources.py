@@ -8,24 +8,7 @@ Where rows come from (`load_examples(path, split=...)`):
     tfds:NAME   tfds:/folder/of/a/prepared/dataset         read as a data source, without TensorFlow
     id  id:config  hub:id                                  a data set on the Hugging Face hub
 
-What a row may look like (`to_example(row, place)`), the first that fits; other fields are not read, null is absent:
-
-    chosen, rejected [, prompt]       a pair. Each is a string, messages, or an HH transcript. The last two bring their
-                                      history, the same on both sides; it must continue `prompt`, if there is one
-    prompt, responses, ranks or       K responses. Ranks: least is best; scores: greatest is best; equal are ties.
-            scores                    A single response needs neither; where both are given, ranks count
-    messages, or conversations        a chat, [{role, content}] or [{from, value}]; it ends with the assistant's
-                                      response (a demonstration) or with the user (a prompt)
-    instruction, input, output        alpaca; `input` may be empty or absent, and is set under the instruction.
-                                      Dolly's names, instruction, context, response, too
-    prompt, response                  a demonstration. `question` stands for prompt; completion, output, answer or
-                                      label (the TL;DR set) for response, one of them
-    prompt                            a prompt to answer
-    text                              an HH transcript, with the response or without
-
-Messages may also be a dict of lists, as `datasets` and tfds nest them; role 'human' is the user, 'gpt' the assistant.
-An HH transcript is '\\n\\nHuman: ...\\n\\nAssistant: ...' (Bai et al. 2022, 2204.05862); a prompt that is one ends in
-'\\n\\nAssistant:'. The text of its turns is stripped; every other text is kept as it is.
+What a row may look like, and what becomes of it: rows.py.
 
 Deliberately absent: templates and tokens (text.py), batches and their order (batches.py), rewards.
 """
@@ -34,27 +17,17 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import math
 import pathlib
-import re
 import zlib
 from collections.abc import Mapping
 
-from rlhf_jax.data.examples import Example, Turn
+from rlhf_jax.data.rows import ADVICE, SHAPES, shown, to_example
 from rlhf_jax.errors import ConfigError, DataError
 
 FILES = ('.jsonl', '.jsonl.gz', '.json', '.parquet')
 OTHER_FILES = ('.gz', '.csv', '.tsv', '.txt', '.arrow', '.zip', '.zst')          # a path that ends so is no hub id
-ASKED = ('instruction', 'prompt', 'question')
-RESPONSES = ('response', 'completion', 'output', 'answer', 'label')
-INPUTS = ('input', 'context')
-ROLES = {'system': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant'}
-SPEAKER = re.compile(r'\n\n(Human|Assistant):')
-ADVICE = 'Mend or drop the row, or pass --data.skip-bad-rows.'
 SOURCES = ('Needed is a .jsonl, .jsonl.gz, .json or .parquet file, a folder with files named by split or made by '
            'save_to_disk, tfds:NAME, tfds:/prepared/folder, or the id of a data set on the Hugging Face hub.')
-SHAPES = ('[prompt +] chosen + rejected; prompt + responses + ranks or scores; messages; conversations; '
-          f'instruction [+ input] + output; prompt + one of {", ".join(RESPONSES)}; prompt; text')
 
 
 # ---- all rows of a source
@@ -239,233 +212,8 @@ def _parsed(row, place):
   except UnicodeDecodeError as error:
     raise DataError(f'{place}: byte {row[error.start]:#04x} is not UTF-8. Save the file as UTF-8. {ADVICE}') from error
   except (ValueError, RecursionError) as error:
-    raise DataError(f'{place}: {_shown(row.decode())} is invalid JSON, {error}. Needed is one object a line, or a '
+    raise DataError(f'{place}: {shown(row.decode())} is invalid JSON, {error}. Needed is one object a line, or a '
                     f'list of objects in a .json file. {ADVICE}') from error
-
-
-# ---- one row
-
-def to_example(row, place=''):
-  """The Example in a row of any layout of this module's docstring; DataError, naming `place`, if there is none."""
-  try:
-    prompt, responses, ranks = _parts(row)
-    if not prompt or prompt[-1].role != 'user':
-      raise DataError(f'the prompt ends with {_end(prompt)}; needed is one that ends with what the user said.')
-  except DataError as error:
-    raise DataError(f'{place}: {error} {ADVICE}') from None
-  return Example(tuple(prompt), tuple(responses), tuple(ranks), place)
-
-
-def _parts(row):
-  """(turns of the prompt, responses, ranks)."""
-  if not isinstance(row, Mapping):
-    raise DataError(f'the row is {_shown(row)}; needed is an object with named fields.')
-  fields = {name: value for name, value in row.items() if value is not None}
-  for needed, parts in LAYOUTS:
-    if needed <= fields.keys():
-      return parts(fields, row)
-  raise DataError(f'the fields are {_names(row)}; needed is one of: {SHAPES}.')
-
-
-def _pair(fields, row):
-  asked = any(name in fields for name in ASKED)
-  histories, responses = zip(*(_continuation(name, fields[name], asked) for name in ('chosen', 'rejected')))
-  if histories[0] != histories[1]:
-    raise DataError("'chosen' and 'rejected' differ before their last turn; needed is one prompt that both continue.")
-  if fields['chosen'] == fields['rejected'] or responses[0] == responses[1]:
-    raise DataError("'chosen' equals 'rejected', so the pair says nothing.")
-  return _prompt(fields, row, histories[0]), responses, (0, 1)
-
-
-def _ranked(fields, row):
-  texts = fields['responses']
-  if not isinstance(texts, list) or not texts:
-    raise DataError(f"'responses' is {_shown(texts)}; needed is a list of one or more strings.")
-  responses = [_filled(f'responses[{index}]', text) for index, text in enumerate(texts)]
-  ranks = _ranks(fields, len(responses))
-  if len(responses) > 1 and (len(set(ranks)) == 1 or len(set(responses)) == 1):
-    same = 'ranks' if len(set(ranks)) == 1 else 'responses'
-    raise DataError(f'all {len(responses)} {same} are equal, so they say nothing.')
-  return _prompt(fields, row), responses, ranks
-
-
-def _ranks(fields, count):
-  """0 for the best, and no gaps."""
-  name = next((name for name in ('ranks', 'scores') if name in fields), None)
-  if name is None and count == 1:
-    return (0,)
-  if name is None:
-    raise DataError(f"there are {count} 'responses', but neither 'ranks' nor 'scores'; needed is one of them.")
-  kind, numbers = (int, 'whole numbers') if name == 'ranks' else (int | float, 'finite numbers')
-  values = fields[name]
-  if not isinstance(values, list) or not all(
-      isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf for value in values):
-    raise DataError(f'{name!r} is {_shown(values)}; needed is a list of {numbers}.')
-  if len(values) != count:
-    raise DataError(f'{name!r} has {len(values)} entries for {count} responses; needed is one for each.')
-  order = sorted(set(values), reverse=name == 'scores')
-  return tuple(order.index(value) for value in values)
-
-
-def _chat(fields, row):
-  name = 'messages' if 'messages' in fields else 'conversations'
-  return _split(_messages(name, fields[name]))
-
-
-def _transcribed(fields, row):
-  turns = _transcript('text', _text('text', fields['text']))
-  if all(turn.role == 'user' for turn in turns):
-    raise DataError("'text' has no Assistant turn; needed is '\\n\\nHuman: ...\\n\\nAssistant: ...'.")
-  return _split(_without_opening(turns))
-
-
-def _split(turns):
-  if turns and turns[-1].role == 'assistant':
-    return turns[:-1], (turns[-1].text,), (0,)
-  return turns, (), ()
-
-
-def _prompted(fields, row):
-  names = [name for name in RESPONSES if name in fields]
-  if len(names) > 1:
-    raise DataError(f'{_names(names)} could each be the response; needed is one of them.')
-  if names:
-    history, response = _continuation(names[0], fields[names[0]])
-    return _prompt(fields, row, history), (response,), (0,)
-  half = row.keys() & {'chosen', 'rejected', 'ranks', 'scores', 'responses', *RESPONSES}
-  if half:
-    raise DataError(f'the fields are {_names(row)}, where {_names(sorted(half))} is null or lacks its counterpart; '
-                    f'needed is one of: {SHAPES}.')
-  return _prompt(fields, row), (), ()
-
-
-LAYOUTS = (({'chosen', 'rejected'}, _pair), ({'responses'}, _ranked), ({'messages'}, _chat), ({'conversations'}, _chat),
-           *(({name}, _prompted) for name in ASKED), ({'text'}, _transcribed))
-
-
-# ---- the turns of a field
-
-def _prompt(fields, row, history=()):
-  """The history that a response brought, which must continue the row's own prompt; or that prompt."""
-  name = next((name for name in ASKED if name in fields), None)
-  if name is None:
-    if not history:
-      raise DataError(f"the fields are {_names(row)}, without 'prompt'; needed is one, or responses that are "
-                      'transcripts or messages which start with it.')
-    return history
-  turns = _instruction(fields) if name == 'instruction' else _turns(name, fields[name])
-  spoken = [turn for turn in history if turn.role != 'system']
-  if history and turns not in (list(history[:len(turns)]), spoken[:len(turns)]):
-    raise DataError(f'{name!r} is {_shown(fields[name])}, but the responses start with {_shown(history[0].text)}; '
-                    'needed is one prompt that they continue.')
-  return history or turns
-
-
-def _instruction(fields):
-  name = next((name for name in INPUTS if name in fields), None)
-  extra = _text(name, fields[name]) if name else ''
-  instruction = _filled('instruction', fields['instruction'])
-  return [Turn('user', f'{instruction}\n\n{extra}' if extra.strip() else instruction)]
-
-
-def _turns(name, value):
-  """Turns of a prompt: a string, an HH transcript, or messages."""
-  if not isinstance(value, str):
-    return _messages(name, value)
-  text = _filled(name, value)
-  if _is_transcript(text) or text.rstrip().endswith('\n\nAssistant:'):
-    return _without_opening(_transcript(name, text))
-  return [Turn('user', text)]
-
-
-def _continuation(name, value, asked=True):
-  """(turns before the response, the response), of a string, an HH transcript, or messages.
-
-  Where no field asks (`asked`), a string must be a transcript, because the prompt is in it.
-  """
-  if isinstance(value, str) and asked and not _is_transcript(value):
-    return [], _filled(name, value)
-  turns = _transcript(name, value) if isinstance(value, str) else _messages(name, value)
-  if not turns or turns[-1].role != 'assistant':
-    raise DataError(f"{name!r} ends with {_end(turns)}; needed is the assistant's turn there.")
-  return _each_filled(name, turns[:-1]), _filled(name, turns[-1].text)
-
-
-def _is_transcript(text):
-  return text.replace('\r\n', '\n').startswith('\n\nHuman:')
-
-
-def _transcript(name, text):
-  """Turns of '\\n\\nHuman: ...\\n\\nAssistant: ...', the last of which may be empty."""
-  before, *pieces = SPEAKER.split('\n\n' + text.replace('\r\n', '\n').lstrip())
-  if before or pieces[0] != 'Human':
-    raise DataError(f"{name!r} is a transcript that starts with {_shown(text)}; needed is '\\n\\nHuman:' there.")
-  turns = [Turn('user' if who == 'Human' else 'assistant', _text(name, said).strip())
-           for who, said in zip(pieces[::2], pieces[1::2])]
-  return _each_filled(name, turns[:-1]) + turns[-1:]
-
-
-def _without_opening(turns):
-  """Without the '\\n\\nAssistant:' that invites the response."""
-  return turns[:-1] if turns[-1] == Turn('assistant', '') else turns
-
-
-def _messages(name, value):
-  """Turns of [{role, content}], [{from, value}] or the same as a dict of lists; an empty system turn is left out."""
-  if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
-    if len({len(column) for column in value.values()}) > 1:
-      raise DataError(f'{name!r} is a dict of lists of unequal length; needed is one entry a turn in each.')
-    value = [dict(zip(value, entries)) for entries in zip(*value.values())]
-  if not isinstance(value, list):
-    raise DataError(f'{name!r} is {_shown(value)}; needed is a string or a list of messages.')
-  turns = [_message(f'{name}[{index}]', message) for index, message in enumerate(value)]
-  return _each_filled(name, [turn for turn in turns if turn.role != 'system' or turn.text.strip()])
-
-
-def _message(name, message):
-  keys = ('from', 'value') if isinstance(message, Mapping) and 'from' in message else ('role', 'content')
-  if not isinstance(message, Mapping) or any(key not in message for key in keys):
-    raise DataError(f'{name!r} is {_shown(message)}; needed is {{role, content}} or {{from, value}}.')
-  role, content = (message[key] for key in keys)
-  if not isinstance(role, str) or role not in ROLES:
-    raise DataError(f'{name!r} has role {_shown(role)}; needed is one of {", ".join(ROLES)}.')
-  return Turn(ROLES[role], _text(name, content))
-
-
-def _each_filled(name, turns):
-  for index, turn in enumerate(turns):
-    _filled(f'{name}[{index}]', turn.text)
-  return turns
-
-
-def _filled(name, value):
-  if not _text(name, value).strip():
-    raise DataError(f'{name!r} is empty; needed is some text.')
-  return value
-
-
-def _text(name, value):
-  if not isinstance(value, str):
-    raise DataError(f'{name!r} is {type(value).__name__} {_shown(value)}; needed is a string.')
-  try:
-    value.encode()
-  except UnicodeEncodeError as error:
-    raise DataError(f'{name!r} has half a surrogate pair, {value[error.start]!r}, which is no character; needed is '
-                    'text that UTF-8 can hold.') from error
-  return value
-
-
-def _end(turns):
-  return f'a turn of the {turns[-1].role}, {_shown(turns[-1].text)}' if turns else 'nothing'
-
-
-def _shown(value):
-  text = repr(value[:80] if isinstance(value, str) else value)
-  return text if len(text) <= 80 else text[:77] + '...'
-
-
-def _names(names):
-  return ', '.join(map(str, names)) or 'none'
 
 
 # ---- what a stage takes of the examples

@@ -1,4 +1,4 @@
-"""Sources: each layout with the example it becomes, each file kind, and what each error says."""
+"""Sources: each kind of file, folder and set, which splits they have, what a stage takes, and what each error says."""
 
 import gzip
 import importlib
@@ -10,171 +10,14 @@ import datasets
 import pytest
 
 from rlhf_jax.data.examples import Example, Turn
-from rlhf_jax.data.sources import as_comparisons, as_demonstrations, as_prompts, held_out, load_examples, to_example
+from rlhf_jax.data.sources import as_comparisons, as_demonstrations, as_prompts, held_out, load_examples
 from rlhf_jax.errors import ConfigError, DataError
 
 HI, YO, WHY = Turn('user', 'Hi?'), Turn('assistant', 'Yo.'), Turn('user', 'Why?')
-BRIEF, ADD = Turn('system', 'Be brief.'), Turn('user', 'Add.\n\n1, 2')
-HISTORY = '\n\nHuman: Hi?\n\nAssistant: Yo.\n\nHuman: Why?\n\nAssistant:'
+BRIEF = Turn('system', 'Be brief.')
 ROW = {'prompt': 'Hi?', 'response': 'Yo.'}
 EXAMPLE = Example((HI,), ('Yo.',), (0,))
-GOOD, OTHER = {'role': 'assistant', 'content': 'Good.'}, {'role': 'assistant', 'content': 'Bad.'}
-USER = {'role': 'user', 'content': 'Hi?'}
-
-
-def pair(*turns):
-  return Example(turns, ('Good.', 'Bad.'), (0, 1))
-
-
-def demonstration(*turns):
-  return Example(turns, ('Good.',), (0,))
-
-
-# ---- layouts
-
-LAYOUTS = {
-  'prompt, response': ({'prompt': 'Hi?', 'response': 'Good.', 'id': 7}, demonstration(HI)),
-  'completion': ({'prompt': 'Hi?', 'completion': 'Good.'}, demonstration(HI)),
-  'output': ({'prompt': 'Hi?', 'output': 'Good.'}, demonstration(HI)),
-  'question, answer': ({'question': 'Hi?', 'answer': 'Good.'}, demonstration(HI)),
-  'tldr': ({'prompt': 'POST: long.\nTL;DR:', 'label': ' Short.'},
-           Example((Turn('user', 'POST: long.\nTL;DR:'),), (' Short.',), (0,))),
-  'tldr pair': ({'prompt': 'POST: long.\nTL;DR:', 'chosen': ' Short.', 'rejected': ' It is'},
-                Example((Turn('user', 'POST: long.\nTL;DR:'),), (' Short.', ' It is'), (0, 1))),
-  'nulls': ({'prompt': 'Hi?', 'response': 'Good.', 'chosen': None, 'rejected': None}, demonstration(HI)),
-  'messages for a prompt': ({'prompt': [USER], 'completion': [GOOD]}, demonstration(HI)),
-  'transcript for a prompt': ({'prompt': HISTORY, 'response': 'Good.'}, demonstration(HI, YO, WHY)),
-  'transcript for a prompt, not opened': ({'prompt': '\n\nHuman: Hi?', 'response': 'Good.'}, demonstration(HI)),
-  'transcript for a prompt, stripped': ({'prompt': 'Human: Hi?\n\nAssistant:', 'response': 'Good.'}, demonstration(HI)),
-  'alpaca': ({'instruction': 'Add.', 'input': '1, 2', 'output': 'Good.'}, demonstration(ADD)),
-  'alpaca, empty input': ({'instruction': 'Hi?', 'input': '', 'output': 'Good.'}, demonstration(HI)),
-  'alpaca, no input': ({'instruction': 'Hi?', 'output': 'Good.', 'text': 'not read'}, demonstration(HI)),
-  'dolly': ({'instruction': 'Add.', 'context': '1, 2', 'response': 'Good.'}, demonstration(ADD)),
-  'messages': ({'messages': [{'role': 'system', 'content': 'Be brief.'}, USER, GOOD]}, demonstration(BRIEF, HI)),
-  'messages, empty system': ({'messages': [{'role': 'system', 'content': ' '}, USER, GOOD]}, demonstration(HI)),
-  'messages to answer': ({'messages': [USER]}, Example((HI,))),
-  'messages as a dict of lists': ({'messages': {'role': ['user', 'assistant'], 'content': ['Hi?', 'Good.']}},
-                                  demonstration(HI)),
-  'conversations': ({'conversations': [{'from': 'system', 'value': 'Be brief.'}, {'from': 'human', 'value': 'Hi?'},
-                                       {'from': 'gpt', 'value': 'Good.'}]}, demonstration(BRIEF, HI)),
-  'hh': ({'chosen': HISTORY + ' Good.', 'rejected': HISTORY + ' Bad.\n'}, pair(HI, YO, WHY)),
-  'hh, stripped': ({'chosen': 'Human: Hi?\n\nAssistant: Good.', 'rejected': 'Human: Hi?\n\nAssistant: Bad.'}, pair(HI)),
-  'hh, Windows newlines': ({'chosen': (HISTORY + ' Good.').replace('\n', '\r\n'), 'rejected': HISTORY + ' Bad.'},
-                           pair(HI, YO, WHY)),
-  'prompt, chosen, rejected': ({'prompt': 'Hi?', 'chosen': 'Good.', 'rejected': 'Bad.'}, pair(HI)),
-  'transcript, chosen, rejected': ({'prompt': HISTORY, 'chosen': 'Good.', 'rejected': 'Bad.'}, pair(HI, YO, WHY)),
-  'hh and its prompt': ({'prompt': HISTORY, 'chosen': HISTORY + ' Good.', 'rejected': HISTORY + ' Bad.'},
-                        pair(HI, YO, WHY)),
-  'pair of messages': ({'chosen': [USER, GOOD], 'rejected': [USER, OTHER], 'messages': [USER, GOOD]}, pair(HI)),
-  'pair of messages and its prompt': ({'prompt': 'Hi?', 'chosen': [USER, GOOD], 'rejected': [USER, OTHER]}, pair(HI)),
-  'pair of last messages': ({'prompt': [USER], 'chosen': [GOOD], 'rejected': [OTHER]}, pair(HI)),
-  'pair with a system turn': (
-    {'prompt': 'Hi?', **{name: [{'role': 'system', 'content': 'Be brief.'}, USER, last]
-                         for name, last in (('chosen', GOOD), ('rejected', OTHER))}}, pair(BRIEF, HI)),
-  'ranks': ({'prompt': 'Hi?', 'responses': ['a', 'b', 'c', 'd'], 'ranks': [3, 1, 7, 3]},
-            Example((HI,), ('a', 'b', 'c', 'd'), (1, 0, 2, 1))),
-  'scores': ({'prompt': 'Hi?', 'responses': ['a', 'b', 'c', 'd'], 'scores': [0.5, 2, -1.5, 0.5]},
-             Example((HI,), ('a', 'b', 'c', 'd'), (1, 0, 2, 1))),
-  'ranks before scores': ({'prompt': 'Hi?', 'responses': ['a', 'b'], 'ranks': [1, 0], 'scores': [5, 1]},
-                          Example((HI,), ('a', 'b'), (1, 0))),
-  'one response of a list': ({'prompt': 'Hi?', 'responses': ['Good.']}, demonstration(HI)),
-  'prompt': ({'prompt': 'Hi?'}, Example((HI,))),
-  'prompt as messages': ({'prompt': [{'role': 'system', 'content': 'Be brief.'}, USER]}, Example((BRIEF, HI))),
-  'text': ({'text': HISTORY + ' Good.'}, demonstration(HI, YO, WHY)),
-  'text to answer': ({'text': HISTORY}, Example((HI, YO, WHY))),
-  'text that the user ends': ({'text': HISTORY.removesuffix('\n\nAssistant:')}, Example((HI, YO, WHY))),
-  'unicode': ({'prompt': 'Größe? 木 🌳', 'response': 'naïve\u2028line'},
-              Example((Turn('user', 'Größe? 木 🌳'),), ('naïve\u2028line',), (0,))),
-}
-
-
-@pytest.mark.parametrize('row, example', LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(row, example):
-  assert to_example(row) == example
-
-
-def test_place_is_kept():
-  assert to_example({'prompt': 'Hi?'}, 'train.jsonl row 3').place == 'train.jsonl row 3'
-
-
-# ---- bad rows
-
-CHAT = {'role': 'user', 'content': 'Hi?'}
-RANKED = {'prompt': 'Hi?', 'responses': ['a', 'b']}
-BAD = {
-  'not an object': ([1, 2], 'the row is [1, 2]; needed is an object with named fields'),
-  'fields of no layout': ({'id': 7, 'body': 'x'}, 'the fields are id, body; needed is one of: [prompt +] chosen'),
-  'no fields': ({}, 'the fields are none; needed'),
-  'chosen alone': ({'prompt': 'Hi?', 'chosen': 'a'}, 'where chosen is null or lacks its counterpart'),
-  'null response': ({'prompt': 'Hi?', 'response': None}, 'where response is null or lacks its counterpart'),
-  'ranks without responses': ({'prompt': 'Hi?', 'ranks': [0]}, 'where ranks is null or lacks'),
-  'two responses': ({'prompt': 'Hi?', 'completion': 'a', 'label': True}, 'completion, label could each be'),
-  'type of prompt': ({'prompt': 3, 'response': 'a'}, "'prompt' is 3; needed is a string or a list of messages"),
-  'type of response': ({'prompt': 'Hi?', 'response': 3}, "'response' is 3; needed is a string or a list of messages"),
-  'type of instruction': ({'instruction': ['x'], 'output': 'a'}, "'instruction' is list ['x']; needed is a string"),
-  'type of input': ({'instruction': 'x', 'input': 3, 'output': 'a'}, "'input' is int 3; needed is a string"),
-  'type of text': ({'text': 3}, "'text' is int 3; needed is a string"),
-  'empty prompt': ({'prompt': ' \n', 'response': 'a'}, "'prompt' is empty; needed is some text"),
-  'empty prompt list': ({'prompt': [], 'response': 'a'}, 'the prompt ends with nothing'),
-  'empty response': ({'prompt': 'Hi?', 'response': ''}, "'response' is empty; needed is some text"),
-  'empty instruction': ({'instruction': '', 'output': 'a'}, "'instruction' is empty"),
-  'empty turn': ({'messages': [CHAT, {'role': 'assistant', 'content': ''}]}, "'messages[1]' is empty"),
-  'half a character': ({'prompt': 'Hi \ud83d', 'response': 'a'}, "'prompt' has half a surrogate pair, '\\ud83d'"),
-  'equal pair': ({'prompt': 'Hi?', 'chosen': 'a', 'rejected': 'a'}, "'chosen' equals 'rejected', so the pair"),
-  'equal transcripts': ({'chosen': HISTORY + ' a', 'rejected': HISTORY + ' a '}, "'chosen' equals 'rejected'"),
-  'other histories': ({'chosen': HISTORY + ' a', 'rejected': '\n\nHuman: Hi?\n\nAssistant: b'},
-                      "'chosen' and 'rejected' differ before their last turn"),
-  'other prompt': ({'prompt': 'Who?', 'chosen': [CHAT, GOOD], 'rejected': [CHAT, OTHER]},
-                   "'prompt' is 'Who?', but the responses start with 'Hi?'"),
-  'no prompt': ({'responses': ['a', 'b'], 'ranks': [0, 1]}, "the fields are responses, ranks, without 'prompt'"),
-  'no prompt in messages': ({'chosen': [GOOD], 'rejected': [OTHER]}, "fields are chosen, rejected, without 'prompt'"),
-  'pair that is no transcript': ({'chosen': 'a', 'rejected': 'b'}, "'chosen' is a transcript that starts with 'a'"),
-  'transcript from the assistant': ({'chosen': '\n\nAssistant: a', 'rejected': '\n\nAssistant: b'},
-                                    "starts with '\\n\\nAssistant: a'; needed is '\\n\\nHuman:' there"),
-  'transcript without assistant': ({'chosen': '\n\nHuman: Hi?', 'rejected': '\n\nHuman: Hi?'},
-                                   "'chosen' ends with a turn of the user, 'Hi?'; needed is the assistant's turn"),
-  'transcript without response': ({'chosen': HISTORY + ' a', 'rejected': HISTORY}, "'rejected' is empty"),
-  'transcript with an empty turn': ({'chosen': '\n\nHuman:\n\nAssistant: a', 'rejected': 'b'}, "'chosen[0]' is empty"),
-  'two assistant turns': ({'text': HISTORY + ' a\n\nAssistant: b'}, "prompt ends with a turn of the assistant, 'a'"),
-  'preamble': ({'prompt': 'A talk.\n\nHuman: Hi?\n\nAssistant:', 'response': 'a'}, "starts with 'A talk."),
-  'text without assistant': ({'text': '\n\nHuman: Hi?'}, "'text' has no Assistant turn"),
-  'text that is no transcript': ({'text': 'Once upon a time'}, "'text' is a transcript that starts with 'Once upon"),
-  'prompt that is answered': ({'prompt': [CHAT, GOOD], 'response': 'a'}, 'prompt ends with a turn of the assistant'),
-  'messages without user': ({'messages': [GOOD]}, 'prompt ends with nothing; needed is one that ends with'),
-  'messages of a string': ({'messages': 'Hi?'}, "'messages' is 'Hi?'; needed is a string or a list of messages"),
-  'message of a string': ({'messages': ['Hi?']}, "'messages[0]' is 'Hi?'; needed is {role, content} or {from, value}"),
-  'message without content': ({'messages': [{'role': 'user'}]}, "'messages[0]' is {'role': 'user'}; needed is {role"),
-  'role': ({'messages': [CHAT, {'role': 'tool', 'content': 'x'}]}, "'messages[1]' has role 'tool'; needed is"),
-  'role of another type': ({'messages': [{'role': ['user'], 'content': 'x'}]}, "has role ['user']; needed"),
-  'content': ({'messages': [{'role': 'user', 'content': None}]}, "'messages[0]' is NoneType None; needed is a string"),
-  'lists of other lengths': ({'messages': {'role': ['user'], 'content': []}}, 'is a dict of lists of unequal length'),
-  'completion from the user': ({'prompt': 'Hi?', 'completion': [CHAT]}, "'completion' ends with a turn of the user"),
-  'responses of a string': ({'prompt': 'Hi?', 'responses': 'a'}, "'responses' is 'a'; needed is a list of one or more"),
-  'no responses': ({'prompt': 'Hi?', 'responses': []}, "'responses' is []; needed is a list of one or more"),
-  'one empty response': ({'prompt': 'Hi?', 'responses': ['a', ''], 'ranks': [0, 1]}, "'responses[1]' is empty"),
-  'no ranks': (RANKED, "there are 2 'responses', but neither 'ranks' nor 'scores'"),
-  'length of ranks': (RANKED | {'ranks': [0, 1, 2]}, "'ranks' has 3 entries for 2 responses; needed is one for each"),
-  'type of ranks': (RANKED | {'ranks': [0.5, 1]}, "'ranks' is [0.5, 1]; needed is a list of whole numbers"),
-  'bool for a rank': (RANKED | {'ranks': [True, False]}, "'ranks' is [True, False]; needed is a list of whole numbers"),
-  'ranks of a string': (RANKED | {'ranks': '01'}, "'ranks' is '01'; needed is a list of whole numbers"),
-  'scores that are not finite': (RANKED | {'scores': [float('nan'), 1]}, "'scores' is [nan, 1]; needed is a"),
-  'equal ranks': (RANKED | {'ranks': [1, 1]}, 'all 2 ranks are equal, so they say nothing'),
-  'equal scores': (RANKED | {'scores': [0.5, 0.5]}, 'all 2 ranks are equal, so they say nothing'),
-  'equal responses': (RANKED | {'responses': ['a', 'a'], 'ranks': [0, 1]}, 'all 2 responses are equal'),
-}
-
-
-@pytest.mark.parametrize('row, message', BAD.values(), ids=BAD)
-def test_bad_rows(row, message):
-  advice = 'Mend or drop the row, or pass --data.skip-bad-rows.'
-  with pytest.raises(DataError, match=rf'^t\.jsonl row 7: .*{re.escape(message)}.*{re.escape(advice)}$'):
-    to_example(row, 't.jsonl row 7')
-
-
-def test_long_values_are_cut():
-  with pytest.raises(DataError) as error:
-    to_example({'messages': 'x' * 9999})
-  assert len(str(error.value)) < 300
+USER, GOOD = {'role': 'user', 'content': 'Hi?'}, {'role': 'assistant', 'content': 'Good.'}
 
 
 # ---- files
