@@ -122,7 +122,7 @@ def test_transformers_generates_with_the_exported_policy(whole, stage):
                                         padding=True)
   said = model.generate(**asked, max_new_tokens=6, do_sample=False)
   assert asked['input_ids'].shape[1] < said.shape[1] <= asked['input_ids'].shape[1] + 6
-  assert tokenizer.eos_token_id == ours.tokenizer.eos_token_id == model.generation_config.eos_token_id
+  assert tokenizer.eos_token_id == ours.chat.end_tokens[0] == model.generation_config.eos_token_id
 
   params = sft.restore(ours) if stage == 'sft' else ppo.restore(ours)['policy']
   tokens_BT, valid_BT = asked['input_ids'].numpy(), asked['attention_mask'].numpy().astype(bool)

@@ -138,7 +138,8 @@ def _prompts(run, side):
 def _iterate(run, programs, state, frozen, prompts, asked, key, kl_weight):
   """One iteration: (state, metrics, rollout); `asked` has the Prompt of each row of the whole batch.
 
-  Seconds are measured with the devices drained in between. Where the answers lie beyond the KL limit nothing is learned from them, and the metrics of the updates are absent.
+  Seconds are measured with the devices drained in between. Where the answers lie beyond the KL limit nothing is learned
+  from them, and the metrics of the updates are absent.
   """
   began = time.monotonic()
   answer_key, learn_key = jax.random.split(key)

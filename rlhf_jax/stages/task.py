@@ -18,7 +18,7 @@ from rlhf_jax.runners import Runner
 
 _ENCODING_S = 24 * 3600  # how long the others wait while the first process encodes; if it dies, they know sooner
 Split = tuple[list[Example], list[Example]]  # to train on, held out
-PARTS = 'the training part', 'the held-out part'  # of a Split, in words
+PARTS = 'training', 'held-out'  # of a Split, in words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Run:
     The first process encodes for all. What is left out or cut is said.
     """
     if not examples:
-      raise DataError(f'{part} of {stage} has no examples. Check the data path and --data.split, or hold out a larger '
+      raise DataError(f'the {part} part of {stage} has no examples. Check the data path and --data.split, or hold out a larger '
                       'share.')
     data = self.experiment.data
     name = f'{read.__name__}-{rows_key(read, examples, self.chat, data.limits, data.skip_bad_rows)[:20]}.npz'
@@ -94,13 +94,13 @@ class Run:
 
     def encode():
       if read_rows(path) is None:
-        with Counter(f'{stage}: encoding {part}', len(examples)) as counter:
+        with Counter(f'{stage}: encoding the {part} examples', len(examples)) as counter:
           write_rows(path, read(examples, self.chat, data.limits, skip_bad_rows=data.skip_bad_rows,
                                 progress=counter.update))
     processes.once(f'encoded {stage} {part}', encode, wait_s=_ENCODING_S)
     encoded = read_rows(path)
     for sentence in encoded.counts.sentences():
-      print(f'{stage}: {part}: {sentence}')
+      print(f'{stage}, {part}: {sentence}')
     return encoded
 
   def log(self, name):

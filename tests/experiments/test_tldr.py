@@ -7,7 +7,8 @@ import pytest
 from experiments import tldr
 from rlhf_jax import cli, config
 from rlhf_jax.data.examples import Example, Turn
-from rlhf_jax.data.text import dialogue_tokens, load_tokenizer
+from rlhf_jax.data.chat import open_chat
+from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.errors import DataError
 
 INFO = {'id': 't3_x', 'subreddit': 'AskDocs', 'title': 'My knee clicks ', 'post': 'It began in May.\nIs that bad?\n'}
@@ -91,5 +92,6 @@ def test_all_stages_run_on_rows_of_both_layouts(tmp_path):
   results = cli.run_stages(small, tldr.make_task, tmp_path / 'run', cli.Command(export=False))
   tokenizer = load_tokenizer(tmp_path / 'run' / 'tokenizer')
   tokenizer.chat_template = tldr.make_task(small).chat_template
-  assert tokenizer.decode(dialogue_tokens(tokenizer, [Turn('user', QUERY)], 'A knee.')[0]) == f'{QUERY} A knee.<|end|>'
+  (conversation,) = open_chat(tokenizer).conversations([[Turn('user', QUERY), Turn('assistant', 'A knee.')]])
+  assert tokenizer.decode(conversation.ids) == f'{QUERY} A knee.<|end|>'
   assert results['reward']['pairs'] == 2 and set(results['table']) == {'SFT', 'PPO'}

@@ -21,8 +21,8 @@ THINGS = ('a a a a a', 'a a a a', 'tea tea', 'a a', 'tea', 'jam', 'a')
 def test_each_prompt_gets_what_it_gets_alone(finished, lengths):
   run = prepare(finished, settings={'ppo__lengths': lengths, 'ppo__batch_size': 2})
   examples, params = [prompt(thing) for thing in THINGS], restore(run)
-  rows, skipped = encode.prompts(examples, run.tokenizer, run.experiment.data.limits)
-  assert not skipped and len({len(row.ids) for row in rows}) > 3
+  rows, counts = encode.prompts(examples, run.chat, run.experiment.data.limits)
+  assert not counts.too_long and len({len(row.ids) for row in rows}) > 3
   rows = [row for row in rows for _ in range(2)]
   answer = compile_answer(run)
   alone = [texts(run, answer(params, batches.collate_prompts([row], 14, [i]), jax.random.key(5)))[0]

@@ -80,7 +80,7 @@ def test_what_is_longer_than_the_limits_is_left_out_and_counted(tmp_path, capsys
   long = [prompt('this and that and ' * 9, responses=('Yes.',), ranks=(0,)),
           prompt('tea', responses=('Well, well, well. ' * 9,), ranks=(0,))]
   sft.train(dataclasses.replace(run, task=dataclasses.replace(run.task, demonstrations=(train + long, held_out))))
-  assert f'sft: 2 of {len(train) + len(held_out) + 2} examples are longer than --data.limits allow' in \
+  assert f'sft, training: 2 of {len(train) + 2} examples are longer than --data.limits allow' in \
     capsys.readouterr().out
 
 

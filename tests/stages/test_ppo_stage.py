@@ -184,7 +184,7 @@ def test_an_explosion_stops_at_its_iteration_and_keeps_answers_and_checkpoint(fi
 def never_ends(run):
   """An SFT model whose end token is as good as impossible, as the finished stage of a run."""
   params = sft.restore(run)
-  unembed_DV = 50 * params['unembed']['unembed_DV'].at[:, run.tokenizer.eos_token_id].set(0)
+  unembed_DV = 50 * params['unembed']['unembed_DV'].at[:, run.chat.end_tokens[0]].set(0)
   with Checkpoints(run.checkpoints('sft')) as checkpoints:
     checkpoints.save(99, {'params': params | {'unembed': {'unembed_DV': unembed_DV}}}, {'finished': True, 'evaluation': {}})
 
@@ -204,12 +204,12 @@ def test_prompts_over_the_limit_are_skipped_and_counted_or_cut(finished, tmp_pat
     return dataclasses.replace(run, task=dataclasses.replace(run.task, prompts=([prompt('this ' * 20), *train], held_out)))
   run = prepare(copy(finished, tmp_path / 'skip', 'tokenizer', 'sft', 'reward'), settings=QUICK)
   ppo.train(task(run))
-  assert 'ppo: 1 of 17 examples are longer than --data.limits allow' in capsys.readouterr().out
+  assert 'ppo, training: 1 of 17 examples are longer than --data.limits allow, and are skipped' in capsys.readouterr().out
   run = prepare(copy(finished, tmp_path / 'cut', 'tokenizer', 'sft', 'reward'),
                 settings=QUICK | {'data__limits__too_long': 'truncate', 'ppo__iterations': 1})
   run = task(run)
   ppo.train(run)
-  assert 'are longer' not in capsys.readouterr().out
+  assert 'ppo, training: 1 of 17 examples are longer than --data.limits allow, and are truncated' in capsys.readouterr().out
   asked = ppo.compare(dataclasses.replace(run, task=dataclasses.replace(run.task, prompts=run.task.prompts[::-1])))[1]
   assert f"Want {'this ' * 20}?" in asked['PPO'][0]                               # whole, although the policy saw its end
 

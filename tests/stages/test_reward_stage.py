@@ -85,7 +85,7 @@ def test_nothing_to_order():
 
 def training_scores(run):
   """The finished model's score of every training response, each encoded alone and unpadded to a common batch."""
-  ranked, _ = encode.comparisons(run.task.comparisons(None)[0], run.tokenizer, run.experiment.data.limits)
+  ranked, _ = encode.comparisons(run.task.comparisons(None)[0], run.chat, run.experiment.data.limits)
   rows = [row for prompt in ranked for row in prompt.rows]
   batch = collate_demonstrations(rows, run.experiment.data.limits.tokens)
   score = jax.jit(functools.partial(forward.scores, run.reward))
@@ -149,4 +149,4 @@ def test_rankings_that_are_too_long_are_left_out_and_counted(finished, tmp_path,
   long = dataclasses.replace(train[0], responses=('Yes.', 'No!', 'Well, well. ' * 9))
   task = dataclasses.replace(run.task, comparisons=lambda ask: ([*train, long], held_out))
   reward.train(dataclasses.replace(run, task=task))
-  assert 'reward: 1 of 13 examples are longer' in capsys.readouterr().out
+  assert 'reward, training: 1 of 11 examples are longer' in capsys.readouterr().out
