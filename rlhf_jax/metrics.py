@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import time
 
 import jax
@@ -115,8 +116,10 @@ def read_samples(directory):
 class MetricsLog:
   """The numbers of one stage, written to its directory and, where wanted, to TensorBoard and W&B.
 
-  `wandb` holds the arguments of `wandb.init`, e.g. {'project': 'rlhf'}; None leaves W&B alone. For a resumed run to go
-  on in the same W&B run, give it an 'id' and 'resume': 'allow'. ConfigError where W&B is asked for but not installed.
+  `wandb` holds the arguments of `wandb.init`, e.g. {'project': 'rlhf'}; None leaves W&B alone. A
+  resumed stage goes on in its W&B run: the id is that of the arguments, or else one that is kept in
+  the directory. Of the steps that are done again after a kill, W&B keeps what it had. ConfigError
+  where W&B is asked for but not installed.
   """
 
   def __init__(self, directory, *, tensorboard=True, wandb=None):
@@ -165,7 +168,18 @@ def _start_wandb(directory, arguments):
     raise ConfigError('W&B was asked for but is not installed. Run: pip install "rlhf-jax[wandb]", or leave it out; '
                       'metrics.jsonl has the same numbers.') from error
   directory.mkdir(parents=True, exist_ok=True)
-  return module.init(**{'dir': str(directory)} | arguments)
+  if arguments.get('id') is None:
+    arguments = arguments | {'id': _wandb_id(directory / 'wandb_id')}
+  return module.init(**{'dir': str(directory), 'resume': 'allow'} | arguments)
+
+
+def _wandb_id(path):
+  """The id in that file, or a new one that is kept there, whole or not at all."""
+  if not path.exists():
+    unfinished = path.with_suffix('.unfinished')
+    unfinished.write_text(secrets.token_hex(8))
+    unfinished.rename(path)
+  return path.read_text()
 
 
 class Progress:

@@ -130,14 +130,48 @@ def test_wandb_that_is_not_installed_is_an_error_only_where_asked_for(tmp_path, 
     MetricsLog(tmp_path, wandb={'project': 'rlhf'})
 
 
-def test_wandb_gets_every_step(tmp_path, monkeypatch):
+@pytest.fixture
+def wandb_calls(monkeypatch):
+  """What a stand-in for the package W&B, which is not installed, was called with."""
   calls = []
   run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append('end'))
   init = lambda **arguments: calls.append(arguments) or run
   monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
-  with MetricsLog(tmp_path, tensorboard=False, wandb={'project': 'rlhf'}) as log:
+  return calls
+
+
+def test_wandb_gets_every_step(tmp_path, wandb_calls):
+  with MetricsLog(tmp_path, tensorboard=False, wandb={'project': 'rlhf', 'id': 'mine'}) as log:
     log.write(7, {'loss': 2.5}, wall_s=1)
-  assert calls == [{'dir': str(tmp_path), 'project': 'rlhf'}, (7, {'loss': 2.5}), 'end']
+  started = {'dir': str(tmp_path), 'resume': 'allow', 'project': 'rlhf', 'id': 'mine'}
+  assert wandb_calls == [started, (7, {'loss': 2.5}), 'end']
+
+
+def test_a_resumed_stage_goes_on_in_its_wandb_run(tmp_path, wandb_calls):
+  for stage in ('sft', 'sft', 'ppo', 'ppo', 'sft'):
+    MetricsLog(tmp_path / stage, tensorboard=False, wandb={'project': 'rlhf'})
+  first, again, other, other_again, last = (arguments['id'] for arguments in wandb_calls)
+  assert first == again == last != other == other_again
+  assert re.fullmatch(r'[0-9a-f]{16}', first)  # W&B allows letters, digits, - and _
+  assert all(arguments['resume'] == 'allow' for arguments in wandb_calls)
+  assert [path.name for path in (tmp_path / 'sft').iterdir()] == ['wandb_id']
+
+
+def test_a_kill_while_the_wandb_id_is_written_does_no_harm(tmp_path, wandb_calls):
+  (tmp_path / 'wandb_id.unfinished').write_text('12')
+  for _ in range(2):
+    MetricsLog(tmp_path, tensorboard=False, wandb={})
+  assert wandb_calls[0] == wandb_calls[1] and len(wandb_calls[0]['id']) == 16
+
+
+def test_a_wandb_id_that_is_passed_comes_first(tmp_path, wandb_calls):
+  for wandb in ({}, {'id': 'mine', 'resume': 'must'}, {'id': None}):
+    MetricsLog(tmp_path, tensorboard=False, wandb=wandb)
+  kept = (tmp_path / 'wandb_id').read_text()
+  assert [(arguments['id'], arguments['resume']) for arguments in wandb_calls] == [
+    (kept, 'allow'), ('mine', 'must'), (kept, 'allow')]
+  MetricsLog(tmp_path / 'other', tensorboard=False, wandb={'id': 'mine'})
+  assert not (tmp_path / 'other' / 'wandb_id').exists()
 
 
 @pytest.mark.parametrize('number, shown', [
