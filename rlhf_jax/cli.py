@@ -384,7 +384,7 @@ def _export(run, name):
                    pad_token=run.chat.pad_token, begin_token=run.chat.begin_token, fetch=fetch)
 
   def finish():
-    export_tokenizer(run.chat.tokenizer, unfinished)
+    export_tokenizer(run.chat.tokenizer, unfinished, 'right' if kind == 'scalar' else 'left')
     unfinished.rename(target)
   processes.once(f'exported {name}', finish)
 

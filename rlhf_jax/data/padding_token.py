@@ -43,7 +43,9 @@ def with_pad_token(tokenizer: 'PreTrainedTokenizerFast', vocab_size: int,
   - its unknown token, if every byte has a token, so that no text needs it (Llama 2);
   - a special token that it holds in reserve (Llama 3);
   - PAD_TOKEN as a new token, if the model has a row to spare (Pythia);
-  - PAD_TOKEN as a new name for the entry of a byte that no UTF-8 text contains (GPT-2).
+  - PAD_TOKEN as a new name for the entry of a byte that no UTF-8 text contains (GPT-2);
+  - any other special token that ends nothing, has no other role and is not in the template: text
+    that people write never becomes one (SmolLM2).
 
   All other tokens keep their ids, and every text without PAD_TOKEN its tokens; saving and loading
   changes neither. The tokenizer itself is returned where its own pad token will do, else a changed
@@ -56,8 +58,11 @@ def with_pad_token(tokenizer: 'PreTrainedTokenizerFast', vocab_size: int,
     return tokenizer
   padded = None
   if tokenizer.is_fast:
-    padded = (_with_spared_token(tokenizer, usable) or _with_new_token(tokenizer, vocab_size)
-              or _with_renamed_byte(tokenizer, usable))
+    padded = (_with_spared_token(tokenizer, usable, _spared_tokens(tokenizer))
+              or _with_new_token(tokenizer, vocab_size)
+              or _with_renamed_byte(tokenizer, usable)
+              or _with_spared_token(tokenizer, usable - {tokenizer.unk_token},
+                                    _special_tokens(tokenizer)))
   if padded is None:
     raise ConfigError(
       f'the tokenizer has the pad token {own!r}, which is none, an end token, or outside the '
@@ -68,12 +73,12 @@ def with_pad_token(tokenizer: 'PreTrainedTokenizerFast', vocab_size: int,
   return padded
 
 
-def _with_spared_token(tokenizer, usable):
-  """A copy padded with its unknown token or one held in reserve, if that has no other use."""
+def _with_spared_token(tokenizer, usable, candidates):
+  """A copy padded with the first of the candidates that has no other use."""
   named = tokenizer.special_tokens_map
   used = {token for role, token in named.items() if role not in ('unk_token', 'pad_token')}
   template = str(tokenizer.chat_template)
-  for token in _spared_tokens(tokenizer, named.get('unk_token')):
+  for token in candidates:
     if token in usable and token not in used and token not in template:
       padded = copy.deepcopy(tokenizer)
       padded.pad_token = token
@@ -81,13 +86,18 @@ def _with_spared_token(tokenizer, usable):
   return None
 
 
-def _spared_tokens(tokenizer, unknown):
+def _spared_tokens(tokenizer):
   """Tokens that no text needs, as far as the vocabulary and their names tell, best first."""
   if _every_byte_has_a_token(_state(tokenizer)):
-    yield unknown
-  added = [token for _, token in sorted(tokenizer.added_tokens_decoder.items())]
+    yield tokenizer.special_tokens_map.get('unk_token')
   for name in _RESERVED:
-    yield from (token.content for token in added if token.special and name.fullmatch(token.content))
+    yield from filter(name.fullmatch, _special_tokens(tokenizer))
+
+
+def _special_tokens(tokenizer):
+  """Its special tokens, in the order of their ids."""
+  added = sorted(tokenizer.added_tokens_decoder.items())
+  return [token.content for _, token in added if token.special]
 
 
 def _with_new_token(tokenizer, vocab_size):

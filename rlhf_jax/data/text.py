@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 
+from rlhf_jax.data.templates import plain_jinja
 from rlhf_jax.errors import ConfigError, DataError
 
 # The transcript form of Anthropic's HH data, for tokenizers that bring no template of their own.
@@ -31,7 +32,6 @@ TURN_TEMPLATE = (
   "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
-_MARK = re.compile(r'(?P<open>\{%[-+]?)\s*(?P<name>(end)?generation)\s*(?P<close>[-+]?%\})')
 _SPECIAL = ('<|pad|>', '<|end|>', '<|system|>', '<|user|>', '<|assistant|>')
 
 
@@ -130,17 +130,12 @@ def save_tokenizer(tokenizer, directory):
   tokenizer.save_pretrained(directory)
 
 
-def export_tokenizer(tokenizer, directory):
-  """The tokenizer's files beside an exported model: its template without the marks that only transformers reads."""
+def export_tokenizer(tokenizer, directory, padding_side):
+  """The tokenizer's files beside an exported model: its template without the marks that only transformers reads.
+
+  Rows to be scored are padded on the right: transformers counts the positions of a padded row from its first slot.
+  """
   exported = copy.deepcopy(tokenizer)
   exported.chat_template = plain_jinja(tokenizer.get_chat_template())
+  exported.padding_side = exported.init_kwargs['padding_side'] = padding_side   # only the latter is always saved
   save_tokenizer(exported, directory)
-
-
-def plain_jinja(template):
-  """The template with `{% generation %}` in a form that every jinja reads; it renders the same text.
-
-  The tags become `{% if true %}`, which keeps the white space that they control.
-  """
-  tags = {'generation': 'if true', 'endgeneration': 'endif'}
-  return _MARK.sub(lambda tag: f'{tag["open"]} {tags[tag["name"]]} {tag["close"]}', template)

@@ -86,8 +86,8 @@ class Run:
     The first process encodes for all. What is left out or cut is said.
     """
     if not examples:
-      raise DataError(f'the {part} part of {stage} has no examples. Check the data path and --data.split, or hold out a larger '
-                      'share.')
+      raise DataError(f'the {part} part of {stage} has no examples. Check the data path and --data.split, or hold out '
+                      'a larger share.')
     data = self.experiment.data
     name = f'{read.__name__}-{rows_key(read, examples, self.chat, data.limits, data.skip_bad_rows)[:20]}.npz'
     path = self.directory / 'encoded' / name

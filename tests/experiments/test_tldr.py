@@ -6,8 +6,8 @@ import pytest
 
 from experiments import tldr
 from rlhf_jax import cli, config
-from rlhf_jax.data.examples import Example, Turn
 from rlhf_jax.data.chat import open_chat
+from rlhf_jax.data.examples import Example, Turn
 from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.errors import DataError
 
