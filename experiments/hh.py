@@ -7,6 +7,10 @@ it likes? The chosen responses are the demonstrations, the recorded pairs the co
     python -m experiments.hh --data.path DIR --pretrained DIR       from a Hugging Face model directory, or a hub id
     python -m experiments.hh                                        from the hub: helpful and harmless, 160,800 pairs
 
+Other data: --data.split train_prefs trains on the split of that name. Held out is what
+--data.held-out-split names; without it test_prefs, where there is one, or else
+--data.held-out-share of the prompts.
+
 Measured with the first command on 1,606 harmless pairs to train on and 200 held out: 11 minutes on two CPU cores that
 were shared with other runs.
 
@@ -21,14 +25,13 @@ is safe. Public reward models reach 69 to 75 % on HH. For that start from a pret
 cannot be used, such as those whose two sides answer different questions, are skipped and counted.
 """
 
-import pathlib
-
 from rlhf_jax import cli
 from rlhf_jax.config import DataConfig, Experiment, PPOConfig, RewardConfig, SFTConfig
 from rlhf_jax.data import sources
 from rlhf_jax.data.encode import Limits
+from rlhf_jax.errors import DataError
 from rlhf_jax.optimizer import OptimizerConfig
-from rlhf_jax.stages.task import Task
+from rlhf_jax.stages.task import Split, Task
 
 EXPERIMENT = Experiment(
   preset='tiny',
@@ -45,18 +48,47 @@ EXPERIMENT = Experiment(
 
 def make_task(experiment):
   """Chosen responses as demonstrations, the recorded pairs as comparisons, and every prompt once for PPO."""
-  train, held_out = load(experiment)
-  return Task(demonstrations=(sources.as_demonstrations(train), sources.as_demonstrations(held_out)),
-              comparisons=lambda answer: (sources.as_comparisons(train), sources.as_comparisons(held_out)),
-              prompts=(sources.as_prompts(train), sources.as_prompts(held_out)))
+  split = load(experiment)
+  demonstrations = _parts('demonstrations', sources.as_demonstrations, split, experiment.data)
+  if any(len(example.responses) > 1 for example in split[0]):
+    comparisons = _parts('comparisons', sources.as_comparisons, split, experiment.data)
+  else:
+    print('no example has two or more ranked responses: there is SFT, but no reward model to be had of this data')
+    comparisons = [], []
+  return Task(demonstrations=demonstrations, comparisons=comparisons,
+              prompts=(sources.as_prompts(split[0]), sources.as_prompts(split[1])))
 
 
-def load(experiment):
-  """(train, held out) examples: the data's own splits, or a share of the prompts where files have no test split."""
+def load(experiment: Experiment) -> Split:
+  """(train, held out) examples: two splits of the data, or a share of the prompts where it has but one."""
   data = experiment.data
-  train = _read(data, 'train')
-  return (train, _read(data, 'test')) if _has_test_split(data.path) else sources.held_out(
-    train, data.held_out_share, experiment.seed)
+  train = _read(data, data.split)
+  held_out_split = sources.held_out_split(data.path, data.split, data.held_out_split)
+  if held_out_split is None:
+    return sources.held_out(train, data.held_out_share, experiment.seed)
+  return train, _read(data, held_out_split)
+
+
+def _parts(name, view, split, data):
+  """What a stage takes of the training examples and of those held out; says how many can be none of it."""
+  kept = []
+  for part, examples in zip(('training', 'held-out'), split):
+    where = f'the {part} part of the {name}'
+    if not examples:
+      raise DataError(f'{where} is empty: {_share_of(split, data)}')
+    kept.append(view(examples, where))
+    if len(kept[-1]) < len(examples):
+      left_out = len(examples) - len(kept[-1])
+      print(f'{where}: {left_out} of {len(examples)} examples lack the responses for it, and are left out')
+  return tuple(kept)
+
+
+def _share_of(split, data):
+  """Why a share of the prompts left a part without any; a split that is read is never empty."""
+  count, held_out = (len(sources.as_prompts(examples)) for examples in (split[0] + split[1], split[1]))
+  change = 'lower' if held_out else 'raise'
+  return (f'{held_out} of {count} prompts fell into --data.held-out-share {data.held_out_share}; {change} it or name '
+          '--data.held-out-split.')
 
 
 def _read(data, split):
@@ -65,12 +97,6 @@ def _read(data, split):
   said = f', {len(skipped)} bad rows skipped, the first: {skipped[0]}' if skipped else ''
   print(f'{data.path} {split}: {len(examples)} examples{said}')
   return examples
-
-
-def _has_test_split(path):
-  """Whether there is one to read. Of what is not on this disk, a hub id for one, it is taken for granted."""
-  local = pathlib.Path(path).expanduser()
-  return not local.is_file() and not (local.is_dir() and not any(local.glob('test*')))
 
 
 if __name__ == '__main__':

@@ -199,6 +199,7 @@ def test_help_has_the_comments(capsys):
 @pytest.mark.parametrize('make, says', [
   (lambda: DataConfig(held_out_share=0.0), 'data held_out_share=0.0. It must lie between 0 and 1'),
   (lambda: DataConfig(held_out_share=1.0), 'data held_out_share=1.0'),
+  (lambda: DataConfig(split='train_sft', held_out_split='train_sft'), "split and held_out_split are both 'train_sft'"),
   (lambda: SFTConfig(steps=0), 'SFTConfig steps=0. It must be at least 1'),
   (lambda: SFTConfig(microbatches=0), 'SFTConfig microbatches=0'),
   (lambda: RewardConfig(batch_size=-1), 'RewardConfig batch_size=-1'),

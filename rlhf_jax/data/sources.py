@@ -3,24 +3,29 @@
 Where rows come from (`load_examples(path, split=...)`):
 
     data.jsonl  data.jsonl.gz  data.json  data.parquet     one file (a .json file holds a list of objects, or lines)
-    folder/                                                train*.jsonl, train*.jsonl.gz, train*.json or train*.parquet,
-                                                           or what `datasets` saved with save_to_disk
+    folder/                                                SPLIT.jsonl, SPLIT.jsonl.gz, SPLIT.json or SPLIT.parquet, or
+                                                           its shards; or what `datasets` saved with save_to_disk
     tfds:NAME   tfds:/folder/of/a/prepared/dataset         read as a data source, without TensorFlow
     id  id:config  hub:id                                  a data set on the Hugging Face hub
 
+A file of a folder belongs to a split if its name is the split's, alone or with the number of a shard (train-00000-of-00002,
+train_0, train.1, train0), and not if it only begins so: train_sft and training are other splits.
 What a row may look like, and what becomes of it: rows.py.
 
 Deliberately absent: templates and tokens (text.py), batches and their order (batches.py), rewards.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
 import json
 import pathlib
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from rlhf_jax.data.examples import Example
 from rlhf_jax.data.rows import ADVICE, SHAPES, shown, to_example
 from rlhf_jax.errors import ConfigError, DataError
 
@@ -28,11 +33,15 @@ FILES = ('.jsonl', '.jsonl.gz', '.json', '.parquet')
 OTHER_FILES = ('.gz', '.csv', '.tsv', '.txt', '.arrow', '.zip', '.zst')          # a path that ends so is no hub id
 SOURCES = ('Needed is a .jsonl, .jsonl.gz, .json or .parquet file, a folder with files named by split or made by '
            'save_to_disk, tfds:NAME, tfds:/prepared/folder, or the id of a data set on the Hugging Face hub.')
+# What stands behind a split's name where the file is one of several: 0, -1, _2, .3, -00000-of-00002[-hash].
+SHARD = re.compile(r'[-_.]?(\d+)([-_.]of[-_.]\d+([-_.][0-9a-f]+)?)?')
+OTHER_SPLIT = 'Name another with --data.split, or with --data.held-out-split for what is held out.'
 
 
 # ---- all rows of a source
 
-def load_examples(path, *, split='train', skip_bad_rows=False, limit=None, read_row=None):
+def load_examples(path: str | pathlib.Path, *, split: str = 'train', skip_bad_rows: bool = False,
+                  limit: int | None = None, read_row: Callable | None = None) -> tuple[list[Example], list[str]]:
   """(examples, messages of the rows that were skipped): the first `limit` good rows, or all.
 
   A bad row raises DataError, unless `skip_bad_rows`; a damaged file, or one without any good row, always does.
@@ -57,22 +66,67 @@ def load_examples(path, *, split='train', skip_bad_rows=False, limit=None, read_
   return examples, skipped
 
 
+def splits(path: str) -> list[str]:
+  """Names of the splits of a source; none where it is one file, or one saved set, without a name of its split."""
+  path = str(path)
+  if path.startswith('tfds:'):
+    return _tfds_splits(path)
+  if path.startswith('hub:'):
+    return _hub_splits(path.removeprefix('hub:'))
+  local = _local(path)
+  if local is None:
+    return _hub_splits(path)
+  if not local.is_dir():
+    return []
+  if not _saved_by_datasets(local):
+    return _folder_splits(local)
+  saved = _load_from_disk(local)
+  if isinstance(saved, dict):
+    return list(saved)
+  return [str(saved.split)] if saved.split else []
+
+
+def held_out_split(path: str, split: str, named: str | None = None) -> str | None:
+  """The split to hold out beside `split`: the one `named`, else the test split that goes with it.
+
+  That is the split whose name has 'test' for 'train' (train and test, train_sft and test_sft). None
+  where the source has no such split: then a share of the prompts is held out.
+  """
+  known = splits(path)
+  if named is not None:
+    if not known:
+      raise DataError(f'{path} has no splits by name, so {named!r} cannot be held out of it. Name a folder, or a set, '
+                      'that has both, or leave out --data.held-out-split.')
+    return named
+  base = split.partition('[')[0]                                                # train[:10%] is a part of train
+  counterpart = base.replace('train', 'test')
+  return counterpart if counterpart != base and counterpart in known else None
+
+
 def _rows(path, split):
   """Pairs of a place and a row, which is a dict, or the undecoded line of a file."""
   if path.startswith('tfds:'):
     return _from_tfds(path, split)
   if path.startswith('hub:'):
     return _from_hub(path.removeprefix('hub:'), split)
-  local = pathlib.Path(path).expanduser()
+  local = _local(path)
+  if local is None:
+    return _from_hub(path, split)
   if local.is_dir():
     return _from_folder(local, split)
+  if split != 'train' and _shard(local, split) is None:
+    raise DataError(f'{path} is one file, and split {split!r} was asked of it. Name the file of that split.')
+  return _from_file(local)
+
+
+def _local(path):
+  """The file or folder of that path; None for the id of a set on the hub."""
+  local = pathlib.Path(path).expanduser()
   if local.exists():
-    if split != 'train' and not local.name.startswith(split):
-      raise DataError(f'{path} is one file, and split {split!r} was asked of it. Name the file of that split.')
-    return _from_file(local)
+    return local
   if _looks_local(path) or path.endswith(FILES + OTHER_FILES):
     raise DataError(f'{path} does not exist, seen from {pathlib.Path.cwd()}. {SOURCES}')
-  return _from_hub(path, split)
+  return None
 
 
 def _looks_local(path):
@@ -80,60 +134,125 @@ def _looks_local(path):
 
 
 def _from_folder(folder, split):
-  if (folder / 'dataset_dict.json').exists() or (folder / 'state.json').exists():
+  if _saved_by_datasets(folder):
     return _from_disk(folder, split)
-  found = {suffix: sorted(folder.glob(f'{split}*{suffix}')) for suffix in FILES}
-  kinds = [suffix for suffix in FILES if found[suffix]]
+  shards = {path: _shard(path, split) for path in folder.iterdir() if _kind(path)}
+  paths = sorted((path for path in shards if shards[path] is not None), key=lambda path: (shards[path], path))
+  kinds = [suffix for suffix in FILES if suffix in map(_kind, paths)]
   if not kinds:
     here = ', '.join(sorted(path.name for path in folder.iterdir())[:20]) or 'nothing'
-    raise DataError(f'{folder} has no file for split {split!r}; it holds {here}. Needed is {split}* with one of '
+    raise DataError(f'{folder} has no file for split {split!r}; it holds {here}. Its splits are: '
+                    f'{", ".join(_folder_splits(folder)) or "none"}. {OTHER_SPLIT} Needed is {split} with one of '
                     f'{", ".join(FILES)}, or a folder from save_to_disk; one made by tensorflow-datasets is '
                     f'tfds:{folder}.')
   if len(kinds) > 1:
     raise DataError(f'{folder} has split {split!r} as {" and as ".join(kinds)}, so rows may come twice. '
                     'Keep one kind, or name the file.')
-  return (pair for path in found[kinds[0]] for pair in _from_file(path))
+  return (pair for path in paths for pair in _from_file(path))
+
+
+def _kind(path):
+  """Which of the endings of FILES the name has, or None."""
+  return next((suffix for suffix in FILES if path.name.endswith(suffix)), None)
+
+
+def _shard(path, split):
+  """The number of a file among those of a split, -1 where it is the only one; None for a file of another split."""
+  stem = path.name.removesuffix(_kind(path) or '')
+  if stem == split:
+    return -1
+  shard = SHARD.fullmatch(stem.removeprefix(split)) if stem.startswith(split) else None
+  return int(shard.group(1)) if shard else None
+
+
+def _folder_splits(folder):
+  stems = {path.name.removesuffix(_kind(path)) for path in folder.iterdir() if _kind(path)}
+  return sorted({re.fullmatch(rf'(.+?)({SHARD.pattern})?', stem).group(1) for stem in stems})
+
+
+def _saved_by_datasets(folder):
+  return (folder / 'dataset_dict.json').exists() or (folder / 'state.json').exists()
 
 
 def _from_disk(folder, split):
+  saved = _load_from_disk(folder)
+  by_split = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
+  if split not in by_split:
+    raise DataError(f'{folder} has no split {split!r}. Use one that it has: {", ".join(by_split)}. {OTHER_SPLIT}')
+  return ((f'{folder} {split} row {number}', row) for number, row in enumerate(by_split[split], 1))
+
+
+def _load_from_disk(folder):
   import datasets
   try:
-    saved = datasets.load_from_disk(str(folder))
+    return datasets.load_from_disk(str(folder))
   except (OSError, ValueError, KeyError, TypeError) as error:                     # what damaged files raise in there
     raise DataError(f'{folder} cannot be read as a folder from save_to_disk: {_brief(error)}. '
                     'Save it again.') from error
-  by_split = saved if isinstance(saved, dict) else {str(saved.split or 'train'): saved}
-  if split not in by_split:
-    raise DataError(f'{folder} has no split {split!r}. Use one that it has: {", ".join(by_split)}.')
-  return ((f'{folder} {split} row {number}', row) for number, row in enumerate(by_split[split], 1))
 
 
 def _from_hub(name, split):
   import datasets
   identity, _, config = name.partition(':')
-  try:
+  tried = f'datasets.load_dataset({identity!r}, {config or None!r}, split={split!r})'
+  with _hub_errors(name, tried):
     rows = datasets.load_dataset(identity, config or None, split=split)
-  except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-    tried = f'datasets.load_dataset({identity!r}, {config or None!r}, split={split!r})'
-    raise DataError(f'{name} is no local path, and {tried} failed: {_brief(error)}. {SOURCES} Without a network, '
-                    'fetch it elsewhere and save_to_disk it to a folder here.') from error
   return ((f'{name} {split} row {number}', row) for number, row in enumerate(rows, 1))
 
 
+def _hub_splits(name):
+  import datasets
+  identity, _, config = name.partition(':')
+  with _hub_errors(name, f'datasets.get_dataset_split_names({identity!r}, {config or None!r})'):
+    return datasets.get_dataset_split_names(identity, config or None)
+
+
+@contextlib.contextmanager
+def _hub_errors(name, tried):
+  import datasets
+  try:
+    yield
+  except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    other = f' {OTHER_SPLIT}' if 'split' in str(error) else ''
+    raise DataError(f'{name} is no local path, and {tried} failed: {_brief(error)}.{other} {SOURCES} Without a network, '
+                    'fetch it elsewhere and save_to_disk it to a folder here.') from error
+
+
 def _from_tfds(path, split):
+  name, folder = _tfds_name(path)
   import tensorflow_datasets as tfds
+  with _tfds_errors(path, split):
+    rows = (tfds.builder_from_directory(str(folder)).as_data_source(split) if folder.is_dir() else
+            tfds.data_source(name, split=split))
+  return ((f'{path} {split} row {number}', _plain(row)) for number, row in enumerate(rows, 1))
+
+
+def _tfds_splits(path):
+  name, folder = _tfds_name(path)
+  import tensorflow_datasets as tfds
+  with _tfds_errors(path, 'its splits'):
+    builder = tfds.builder_from_directory(str(folder)) if folder.is_dir() else tfds.builder(name)
+    return list(builder.info.splits)
+
+
+def _tfds_name(path):
+  """What follows tfds:, and the same as a folder, which exists where it looks like one."""
   name = path.removeprefix('tfds:')
   folder = pathlib.Path(name).expanduser()
   if _looks_local(name) and not folder.exists():
     raise DataError(f'{path}: the folder does not exist, seen from {pathlib.Path.cwd()}. Needed is the prepared folder '
                     'of one version, with dataset_info.json in it, or tfds:NAME.')
+  return name, folder
+
+
+@contextlib.contextmanager
+def _tfds_errors(path, split):
   try:
-    rows = (tfds.builder_from_directory(str(folder)).as_data_source(split) if folder.is_dir() else
-            tfds.data_source(name, split=split))
+    yield
   except (OSError, ValueError, RuntimeError, ImportError) as error:
-    raise DataError(f'{path} ({split}) cannot be read by tensorflow-datasets: {_brief(error)}. Needed is a set of its '
-                    "catalogue or a folder that it prepared, with file_format='array_record'.") from error
-  return ((f'{path} {split} row {number}', _plain(row)) for number, row in enumerate(rows, 1))
+    other = f' {OTHER_SPLIT}' if 'split' in str(error) else ''
+    raise DataError(f'{path} ({split}) cannot be read by tensorflow-datasets: {_brief(error)}.{other} Needed is a set of '
+                    "its catalogue or a folder that it prepared, with file_format='array_record'.") from error
 
 
 def _plain(value):
@@ -218,23 +337,38 @@ def _parsed(row, place):
 
 # ---- what a stage takes of the examples
 
-def as_demonstrations(examples):
-  """Each prompt with its best response alone, the first of those that tie; prompts without a response are dropped."""
-  return _some([_best(example) for example in examples if example.responses], examples, 'a response')
+def as_demonstrations(examples: list[Example], part: str = '') -> list[Example]:
+  """Each prompt with its best response alone, the first of those that tie.
+
+  A chat that the user ends has what the assistant said last for a response, to what came before;
+  what follows is cut. Examples without any response are left out. `part` says in the DataError, if
+  none is left, what these examples are.
+  """
+  demonstrations = [_demonstration(example) for example in examples]
+  kept = [example for example in demonstrations if example is not None]
+  return _some(kept, examples, 'a response', part)
 
 
-def _best(example):
-  best = example.responses[example.ranks.index(min(example.ranks))]
-  return dataclasses.replace(example, responses=(best,), ranks=(0,))
+def _demonstration(example):
+  if example.responses:
+    best = example.responses[example.ranks.index(min(example.ranks))]
+    return dataclasses.replace(example, responses=(best,), ranks=(0,))
+  said = [index for index, turn in enumerate(example.prompt) if turn.role == 'assistant']
+  if not said:
+    return None
+  prompt, response = example.prompt[:said[-1]], example.prompt[said[-1]].text
+  if not prompt or prompt[-1].role != 'user':                                   # it answers nobody
+    return None
+  return dataclasses.replace(example, prompt=prompt, responses=(response,), ranks=(0,))
 
 
-def as_comparisons(examples):
-  """The examples with two or more responses."""
+def as_comparisons(examples: list[Example], part: str = '') -> list[Example]:
+  """The examples with two or more responses; `part` as above."""
   ranked = [example for example in examples if len(example.responses) > 1]
-  return _some(ranked, examples, 'two or more ranked responses')
+  return _some(ranked, examples, 'two or more ranked responses', part)
 
 
-def as_prompts(examples):
+def as_prompts(examples: list[Example]) -> list[Example]:
   """Each prompt once, where it first stands, without its responses."""
   first = {}
   for example in examples:
@@ -242,27 +376,34 @@ def as_prompts(examples):
   return list(first.values())
 
 
-def held_out(examples, share, seed):
-  """(train, held out): the prompt's text and the seed alone decide, so no prompt is on both sides, whatever is added.
+def held_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+  """(train, held out): the text of the first turn of the user and the seed alone decide, whatever is added.
 
-  About `share` of the prompts are held out: each with that probability, by a hash.
+  So no prompt is on both sides, nor a conversation on one and its continuation on the other. About
+  `share` of the first turns are held out: each with that probability, by a hash.
   """
   if not 0 <= share < 1:
     raise ConfigError(f'held-out share is {share}. Needed is a share of the prompts, from 0 to less than 1.')
   sides = [], []
   for example in examples:
-    sides[_uniform(seed, example.prompt) < share].append(example)
+    sides[_uniform(seed, _first_said(example)) < share].append(example)
   return sides
 
 
-def _some(kept, examples, needed):
+def _first_said(example):
+  first = next((turn for turn in example.prompt if turn.role == 'user'), example.prompt[0])
+  return first.text.strip()
+
+
+def _some(kept, examples, needed, part):
   if examples and not kept:
-    raise DataError(f'none of the {len(examples)} examples has {needed}; the first is {examples[0].place}. '
+    where = f'{part} is empty: ' if part else ''
+    raise DataError(f'{where}none of the {len(examples)} examples has {needed}; the first is {examples[0].place}. '
                     f'Needed is a layout that has: {SHAPES}.')
   return kept
 
 
-def _uniform(seed, prompt):
+def _uniform(seed, text):
   """In [0, 1), the same in every process."""
-  text = json.dumps([seed, [(turn.role, turn.text) for turn in prompt]])
-  return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], 'big') / 2**48
+  said = json.dumps([seed, [('user', text)]])
+  return int.from_bytes(hashlib.sha256(said.encode()).digest()[:6], 'big') / 2**48

@@ -1,5 +1,6 @@
 """Sources: each kind of file, folder and set, which splits they have, what a stage takes, and what each error says."""
 
+import dataclasses
 import gzip
 import importlib
 import json
@@ -10,7 +11,15 @@ import datasets
 import pytest
 
 from rlhf_jax.data.examples import Example, Turn
-from rlhf_jax.data.sources import as_comparisons, as_demonstrations, as_prompts, held_out, load_examples
+from rlhf_jax.data.sources import (
+  as_comparisons,
+  as_demonstrations,
+  as_prompts,
+  held_out,
+  held_out_split,
+  load_examples,
+  splits,
+)
 from rlhf_jax.errors import ConfigError, DataError
 
 HI, YO, WHY = Turn('user', 'Hi?'), Turn('assistant', 'Yo.'), Turn('user', 'Why?')
@@ -144,6 +153,9 @@ def test_a_file_has_one_split(tmp_path):
   write(tmp_path / 'train.jsonl', ROW)
   with pytest.raises(DataError, match=r"train.jsonl is one file, and split 'test' was asked of it. Name the file"):
     load_examples(tmp_path / 'train.jsonl', split='test')
+  write(tmp_path / 'testing.jsonl', ROW)
+  with pytest.raises(DataError, match=r"testing.jsonl is one file, and split 'test' was asked of it"):
+    load_examples(tmp_path / 'testing.jsonl', split='test')
 
 
 # ---- folders
@@ -156,8 +168,66 @@ def test_folder_of_files(tmp_path):
   assert prompts(tmp_path) == ['a', 'b']
   assert prompts(tmp_path, split='test') == ['c']
   assert prompts(tmp_path, split='validation') == ['d']
-  with pytest.raises(DataError, match=r"has no file for split 'dev'; it holds test.jsonl.gz, train-1.*save_to_disk"):
+  named = (r"has no file for split 'dev'; it holds test.jsonl.gz, train-1.*Its splits are: test, train, validation. "
+           r'Name another with --data.split, or with --data.held-out-split .*save_to_disk')
+  with pytest.raises(DataError, match=named):
     load_examples(tmp_path, split='dev')
+
+
+SHARDS = ['train', 'train-00000-of-00002', 'train-00000-of-00002-abcdef0123', 'train_00000_of_00002',
+          'train_0', 'train.1', 'train-1', 'train0', 'train-00017']
+OTHERS = ['train_sft', 'train_prefs', 'training', 'training_backup', 'train-old', 'train_sft-00000-of-00001',
+          'train-1-old', 'train_0_bad', 'train-00000-of-', 'mytrain', 'Train', 'train_of_3', 'train.jsonl']
+
+
+@pytest.mark.parametrize('stem', SHARDS)
+def test_a_file_named_by_its_split_or_as_a_shard_of_it_belongs_to_it(tmp_path, stem):
+  write(tmp_path / f'{stem}.jsonl', *asks('a'))
+  assert prompts(tmp_path) == ['a'] and splits(tmp_path) == ['train']
+
+
+@pytest.mark.parametrize('stem', OTHERS)
+def test_a_file_whose_name_only_begins_like_the_split_belongs_to_another(tmp_path, stem):
+  write(tmp_path / f'{stem}.jsonl', *asks('a'))
+  with pytest.raises(DataError, match=r"has no file for split 'train'; it holds"):
+    load_examples(tmp_path)
+  assert splits(tmp_path) != ['train']
+
+
+def test_splits_side_by_side_are_read_apart(tmp_path):
+  for split in ('train_sft', 'train_prefs', 'training_backup', 'test_sft'):
+    write(tmp_path / f'{split}.jsonl', *asks(split))
+  assert splits(tmp_path) == ['test_sft', 'train_prefs', 'train_sft', 'training_backup']
+  for split in splits(tmp_path):
+    assert prompts(tmp_path, split=split) == [split]
+
+
+def test_shards_come_in_the_order_of_their_numbers(tmp_path):
+  for number in (10, 2, 1):
+    write(tmp_path / f'train-{number}.jsonl', *asks(f'{number}'))
+  assert prompts(tmp_path) == ['1', '2', '10']
+
+
+@pytest.mark.parametrize('split, named, expected', [
+  ('train', None, 'test'), ('train_sft', None, 'test_sft'), ('train_prefs', None, None),
+  ('other', None, None), ('test', None, None), ('train[:10%]', None, 'test'),
+  ('train', 'validation', 'validation'), ('train_prefs', 'test', 'test')])
+def test_the_split_to_hold_out(tmp_path, split, named, expected):
+  for name in ('train', 'test', 'train_sft', 'test_sft', 'train_prefs', 'other', 'validation'):
+    write(tmp_path / f'{name}-00000-of-00001.jsonl', ROW)
+  assert held_out_split(tmp_path, split, named) == expected
+
+
+def test_a_source_without_named_splits_has_none_to_hold_out(tmp_path):
+  path = write(tmp_path / 'train.jsonl', ROW)
+  assert splits(path) == [] and held_out_split(path, 'train') is None
+  datasets.Dataset.from_list(asks('a')).save_to_disk(tmp_path / 'saved')
+  assert splits(tmp_path / 'saved') == [] and held_out_split(tmp_path / 'saved', 'train') is None
+  for source in (path, tmp_path / 'saved'):
+    with pytest.raises(DataError, match=r"has no splits by name, so 'test' cannot be held out of it. Name a folder"):
+      held_out_split(source, 'train', 'test')
+  with pytest.raises(DataError, match='nowhere does not exist, seen from'):
+    splits('./nowhere')
 
 
 def test_folder_with_a_split_twice(tmp_path):
@@ -168,21 +238,27 @@ def test_folder_with_a_split_twice(tmp_path):
 
 
 def test_empty_folder(tmp_path):
-  with pytest.raises(DataError, match="has no file for split 'train'; it holds nothing"):
+  with pytest.raises(DataError, match=r"has no file for split 'train'; it holds nothing"):
     load_examples(tmp_path)
 
 
 def test_save_to_disk(tmp_path):
   train, test = datasets.Dataset.from_list(asks('a', 'b')), datasets.Dataset.from_list(asks('c'))
   datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / 'both')
+  datasets.DatasetDict(train_sft=train, test_sft=test).save_to_disk(tmp_path / 'sft')
   train.save_to_disk(tmp_path / 'one')
+  datasets.Dataset.from_list(asks('e'), split='train').save_to_disk(tmp_path / 'named')
   assert prompts(tmp_path / 'both') == prompts(tmp_path / 'one') == ['a', 'b']
-  assert prompts(tmp_path / 'both', split='test') == ['c']
+  assert prompts(tmp_path / 'both', split='test') == prompts(tmp_path / 'sft', split='test_sft') == ['c']
+  assert splits(tmp_path / 'both') == ['train', 'test'] and splits(tmp_path / 'sft') == ['train_sft', 'test_sft']
+  assert held_out_split(tmp_path / 'sft', 'train_sft') == 'test_sft'
+  assert prompts(tmp_path / 'one', split='train_sft') == ['a', 'b']               # it has no name of its own
   assert load_examples(tmp_path / 'both', split='test')[0][0].place == f'{tmp_path / "both"} test row 1'
-  with pytest.raises(DataError, match=r"both has no split 'dev'. Use one that it has: train, test"):
+  with pytest.raises(DataError, match=r"both has no split 'dev'. Use one that it has: train, test. Name .* --data.split"):
     load_examples(tmp_path / 'both', split='dev')
-  with pytest.raises(DataError, match=r"one has no split 'test'. Use one that it has: train"):
-    load_examples(tmp_path / 'one', split='test')
+  assert prompts(tmp_path / 'named') == ['e'] and splits(tmp_path / 'named') == ['train']
+  with pytest.raises(DataError, match=r"named has no split 'test'. Use one that it has: train"):
+    load_examples(tmp_path / 'named', split='test')
   (tmp_path / 'one' / 'state.json').write_text('{')
   with pytest.raises(DataError, match='one cannot be read as a folder from save_to_disk: JSONDecodeError'):
     load_examples(tmp_path / 'one')
@@ -198,6 +274,23 @@ def test_hub_out_of_reach(path, call):
   failed = rf'no local path, and datasets\.{re.escape(call)} failed: ConnectionError.*save_to_disk'
   with pytest.raises(DataError, match=failed):
     load_examples(path)
+
+
+def test_the_splits_of_a_set_that_datasets_loads(tmp_path, monkeypatch):
+  monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+  folder = tmp_path / 'set'
+  folder.mkdir()
+  for split in ('train_sft', 'test_sft'):
+    write(folder / f'{split}.jsonl', *asks(split))
+  (folder / 'README.md').write_text('---\nconfigs:\n- config_name: default\n  data_files:\n' + ''.join(
+    f'  - split: {split}\n    path: {split}.jsonl\n' for split in ('train_sft', 'test_sft')) + '---\n')
+  source = f'hub:{folder}'
+  assert splits(source) == ['train_sft', 'test_sft'] and held_out_split(source, 'train_sft') == 'test_sft'
+  assert prompts(source, split='test_sft') == ['test_sft']
+  with pytest.raises(DataError, match=r'Unknown split "train".*Name another with --data.split'):
+    load_examples(source)
+  with pytest.raises(DataError, match=r'datasets\.get_dataset_split_names\(.nobody/nothing., None\) failed: '):
+    splits('nobody/nothing')
 
 
 BUILDER = '''
@@ -249,11 +342,13 @@ def test_tfds_folder(prepared):
   assert examples[0] == Example((BRIEF, asked[0]), ('a', 'b', 'c'), (1, 0, 1), f'tfds:{prepared} train row 1')
   assert len(load_examples(f'tfds:{prepared}', split='test')[0]) == 1
   assert len(load_examples(f'tfds:{prepared}', split='train[:50%]')[0]) == 3
+  assert sorted(splits(f'tfds:{prepared}')) == ['test', 'train']
+  assert held_out_split(f'tfds:{prepared}', 'train[:50%]') == 'test'
   assert 'tensorflow' not in sys.modules
 
 
 def test_tfds_errors(prepared, tmp_path):
-  with pytest.raises(DataError, match=r"\(dev\) cannot be read by tensorflow-datasets: ValueError: Unknown split"):
+  with pytest.raises(DataError, match=r"\(dev\) cannot be read by .*: ValueError: Unknown split.* with --data.split"):
     load_examples(f'tfds:{prepared}', split='dev')
   with pytest.raises(DataError, match=r'tfds:\./nowhere: the folder does not exist, seen from .*dataset_info.json'):
     load_examples('tfds:./nowhere')
@@ -286,6 +381,34 @@ def test_views_of_nothing():
     as_demonstrations(EXAMPLES[2:])
   with pytest.raises(DataError, match='none of the 1 examples has two or more ranked responses'):
     as_comparisons(EXAMPLES[:1])
+  for view in (as_comparisons, as_demonstrations):
+    with pytest.raises(DataError, match=r'^the held-out part is empty: none of the 1 examples has'):
+      view(EXAMPLES[2:], 'the held-out part')
+
+
+def chat(*texts):
+  """A prompt of turns in turn, the last of them the user's."""
+  roles = ('user', 'assistant')[::1 if len(texts) % 2 else -1]
+  return Example(tuple(Turn(roles[index % 2], text) for index, text in enumerate(texts)), place='x')
+
+
+def test_an_unanswered_end_is_cut_from_a_demonstration():
+  cut = Example((HI,), ('Yo.',), (0,), 'x')
+  assert as_demonstrations([chat('Hi?', 'Yo.', 'Why?')]) == [cut]
+  system = dataclasses.replace(chat('Hi?', 'Yo.', 'Why?'), prompt=(BRIEF, HI, YO, WHY))
+  assert as_demonstrations([system]) == [dataclasses.replace(cut, prompt=(BRIEF, HI))]
+  longer = chat('Hi?', 'Yo.', 'Why?', 'So.', 'Oh.')
+  assert as_demonstrations([longer]) == [Example((HI, YO, WHY), ('So.',), (0,), 'x')]
+  assert as_demonstrations([dataclasses.replace(longer, prompt=(*longer.prompt, HI))])[0].responses == ('So.',)
+  assert as_prompts([longer]) == [longer]                                        # as a prompt it stays whole
+
+
+def test_what_can_be_no_demonstration_is_left_out():
+  answers_nobody = chat('Yo.', 'Hi?')
+  assert answers_nobody.prompt == (YO, HI)
+  assert as_demonstrations([EXAMPLE, answers_nobody, EXAMPLES[2]]) == [EXAMPLE]
+  begun = Example((YO, HI), ('So.',), (0,))
+  assert as_demonstrations([begun]) == [begun]
 
 
 def test_held_out_keeps_prompts_apart():
@@ -297,6 +420,17 @@ def test_held_out_keeps_prompts_apart():
   assert held_out(examples[:100], 0.3, seed=5)[1] == [example for example in kept if example in examples[:100]]
   assert held_out(examples, 0.3, seed=6)[1] != kept
   assert held_out(examples, 0, seed=5) == (examples, [])
+
+
+def test_a_conversation_and_its_continuation_are_on_the_same_side():
+  starts = [chat(f'q{index}') for index in range(200)]
+  longer = [chat(f'q{index}', 'a', 'q0') for index in range(200)]
+  system = [Example((BRIEF, *example.prompt), ('a',), (0,)) for example in starts]
+  blank = [Example((Turn('user', f' q{index}\n'),)) for index in range(200)]
+  train, kept = held_out([*starts, *longer, *system, *blank], 0.4, seed=1)
+  first = lambda example: next(turn.text for turn in example.prompt if turn.role == 'user').strip()
+  said = lambda examples: set(map(first, examples))
+  assert said(train).isdisjoint(said(kept)) and len(said(kept)) == len(kept) / 4 > 50
 
 
 def test_held_out_is_the_same_in_every_process():

@@ -95,7 +95,7 @@ def test_what_people_chose_is_imitated_and_every_prompt_is_asked_once(folder):
   task = hh.make_task(experiment(folder))
   assert [example.responses for example in task.demonstrations[0]] == [
     ('Gladly. Look it up.',), ('With care, friend.',), ('Gladly. Look it up.',)]
-  comparisons, held_out = task.comparisons(None)
+  comparisons, held_out = task.comparisons
   assert [example.responses[1] for example in comparisons] == ['Why me?'] * 3 and len(held_out) == 3
   assert [example.prompt[-1].text for example in task.prompts[0]] == ['How do I make tea?', 'How do I make ink?']
   assert len(task.prompts[0][0].prompt) == 3 and not task.prompts[0][0].responses
@@ -105,9 +105,68 @@ def test_what_people_chose_is_imitated_and_every_prompt_is_asked_once(folder):
 def test_without_a_test_split_a_share_of_the_prompts_is_held_out(folder, as_file):
   (folder / 'test.jsonl.gz').unlink()
   path = folder / 'train.jsonl.gz' if as_file else folder
+  begun_apart = [{name: talk.replace('Hello.', f'Hello, {thing}.') for name, talk in pair(thing).items()}
+                 for thing in THINGS]
+  write(folder / 'train.jsonl.gz', begun_apart)
   train, held_out = hh.load(experiment(path, **{'data.held_out_share': 0.4}))
   assert len(train) + len(held_out) == 12 and len(held_out) in range(1, 10)
-  assert not {example.prompt for example in train} & {example.prompt for example in held_out}
+  assert not {example.prompt[0] for example in train} & {example.prompt[0] for example in held_out}
+
+
+def test_the_test_split_that_goes_with_the_split_is_held_out(tmp_path):
+  sizes = {'train_sft': 12, 'test_sft': 2, 'train_prefs': 5, 'test': 3}
+  for split, size in sizes.items():
+    write(tmp_path / f'{split}.jsonl.gz', [pair(thing) for thing in THINGS[:size]])
+
+  def load(**data):
+    settings = {f'data.{name}': value for name, value in data.items()}
+    return tuple(map(len, hh.load(experiment(tmp_path, **settings))))
+  assert load(split='train_sft') == (12, 2)
+  assert load(split='train_sft', held_out_split='test') == (12, 3)
+  assert load(split='train_prefs', held_out_split='train_sft') == (5, 12)
+  assert sum(load(split='train_prefs', held_out_share=0.5)) == 5               # there is no test_prefs
+  with pytest.raises(DataError, match=r"no file for split 'train'.*Its splits are: test, test_sft, train_prefs, train_sft"):
+    load()
+
+
+@pytest.mark.parametrize('share, message', [
+  (1e-9, 'the held-out part of the demonstrations is empty: 0 of 12 prompts fell into --data.held-out-share 1e-09; '
+         'raise it or name --data.held-out-split'),
+  (1 - 1e-9, 'the training part of the demonstrations is empty: 12 of 12 prompts fell into .*; lower it or name')])
+def test_a_share_that_leaves_a_part_empty_is_an_error(folder, share, message):
+  (folder / 'test.jsonl.gz').unlink()
+  with pytest.raises(DataError, match=message):
+    hh.make_task(experiment(folder, **{'data.held_out_share': share}))
+
+
+def test_a_part_of_which_no_example_is_what_a_stage_needs_is_named(folder):
+  write(folder / 'test.jsonl.gz', [{'prompt': 'How do I make ink?'}])
+  with pytest.raises(DataError, match=r'^the held-out part of the demonstrations is empty: none of the 1 examples has a'):
+    hh.make_task(experiment(folder))
+  write(folder / 'test.jsonl.gz', [{'prompt': 'How do I make ink?', 'response': 'Look it up.'}])
+  with pytest.raises(DataError, match=r'^the held-out part of the comparisons is empty: none of the 1 examples has two'):
+    hh.make_task(experiment(folder))
+
+
+def test_examples_that_a_stage_cannot_use_are_counted(folder, capsys):
+  rows = [pair('tea'), pair('ink'), {'prompt': 'Hello.', 'response': 'Hi!'}, {'prompt': 'Hello?'},
+          {'text': pair('jam')['chosen'] + '\n\nHuman: Thanks.'}]
+  write(folder / 'train.jsonl.gz', rows)
+  task = hh.make_task(experiment(folder))
+  assert [len(part) for part in (*task.demonstrations, *task.comparisons, *task.prompts)] == [4, 3, 2, 3, 5, 3]
+  assert task.demonstrations[0][-1].responses == ('Gladly. Look it up.',)         # what it did not answer is cut
+  said = capsys.readouterr().out
+  assert 'the training part of the demonstrations: 1 of 5 examples lack the responses for it, and are left out\n' in said
+  assert 'the training part of the comparisons: 3 of 5 examples lack the responses for it, and are left out\n' in said
+  assert 'held-out part' not in said
+
+
+def test_data_without_rankings_has_demonstrations_all_the_same(folder, capsys):
+  for split in ('train', 'test'):
+    write(folder / f'{split}.jsonl.gz', [{'prompt': thing, 'response': 'Look it up.'} for thing in THINGS])
+  task = hh.make_task(experiment(folder))
+  assert len(task.demonstrations[0]) == 12 and task.comparisons == ([], [])
+  assert 'no example has two or more ranked responses' in capsys.readouterr().out
 
 
 def test_at_most_so_many_examples_of_a_split(folder):
