@@ -22,11 +22,13 @@ of response tokens, as the policy's is (TRL divides by the count of its own slot
 """
 
 import dataclasses
+import re
 
 from rlhf_jax import cli
 from rlhf_jax.config import DataConfig, Experiment, PPOConfig, RewardConfig, SFTConfig
-from rlhf_jax.data import sources
+from rlhf_jax.data import rows, sources
 from rlhf_jax.data.encode import Limits
+from rlhf_jax.data.examples import Example, Turn
 from rlhf_jax.data.text import PLAIN_TEMPLATE
 from rlhf_jax.errors import DataError
 from rlhf_jax.experience import ExperienceConfig
@@ -37,10 +39,17 @@ from rlhf_jax.stages.task import Task
 NEEDED = ("needed are info {subreddit, title, post}, two summaries [{text}] and choice, 0 or 1; or subreddit, title, post "
           'and summary. Mend or drop the row, or pass --data.skip-bad-rows.')
 
+POST = re.compile(r'\s*SUBREDDIT: r/(?P<subreddit>[^\n]*)\n+TITLE: (?P<title>.*?)\n+POST: (?P<post>.*?)'
+                  r'\s*(TL;DR:)?\s*', re.DOTALL)
+
 
 @dataclasses.dataclass(frozen=True)
 class TLDR(Experiment):
-  """One run on TL;DR: SFT, reward model and PPO. --data.path is not read; these two are."""
+  """One run on TL;DR: SFT, reward model and PPO.
+
+  Its data are these two, each with a split train and a split validation, which is held out:
+  --data.path, --data.split, --data.held-out-split and --data.held-out-share are not read.
+  """
   sft_data: str = 'vwxyzjn/summarize_from_feedback_tldr_3_filtered'  # posts with summaries: hub id, folder or file
   # The comparisons of openai/summarize_from_feedback, which itself needs a loading script that `datasets` no longer runs.
   comparison_data: str = 'vwxyzjn/summarize_from_feedback_oai_preprocessing_1711138084'  # posts with ranked summaries
@@ -72,8 +81,7 @@ def make_task(experiment):
   posts = _load(experiment, experiment.sft_data)
   pairs = _load(experiment, experiment.comparison_data)
   return Task(demonstrations=tuple(map(sources.as_demonstrations, posts)), prompts=tuple(map(sources.as_prompts, posts)),
-              chat_template=PLAIN_TEMPLATE,
-              comparisons=lambda answer: tuple(map(sources.as_comparisons, pairs)))
+              chat_template=PLAIN_TEMPLATE, comparisons=tuple(map(sources.as_comparisons, pairs)))
 
 
 def _load(experiment, path):
@@ -83,7 +91,7 @@ def _load(experiment, path):
 
 
 def load_examples(path, split, skip_bad_rows=False, limit=None):
-  """The first `limit` good examples of a split, in one of the two layouts of TL;DR or any that `sources` reads."""
+  """The first `limit` good examples of a split, in one of the two layouts of TL;DR or any that `rows` reads."""
   examples, skipped = sources.load_examples(path, split=split, skip_bad_rows=skip_bad_rows, limit=limit,
                                             read_row=to_example)
   said = f', {len(skipped)} bad rows skipped, the first: {skipped[0]}' if skipped else ''
@@ -91,8 +99,12 @@ def load_examples(path, split, skip_bad_rows=False, limit=None):
   return examples
 
 
-def to_example(row, place=''):
-  """The Example of a row: a comparison of two summaries, a post with its summary, or a layout of `sources`."""
+def to_example(row, place='') -> Example:
+  """The Example of a row: a comparison of two summaries, a post with its summary, or a layout of `rows`.
+
+  The same post with the same summaries gives the same texts in each layout: the prompt is that of
+  `query`, and a response has no space around it, for the template puts one before it.
+  """
   try:
     if 'summaries' in row:
       if row['choice'] not in (0, 1) or len(row['summaries']) != 2:
@@ -104,7 +116,19 @@ def to_example(row, place=''):
   except (KeyError, TypeError, AttributeError) as error:
     raise DataError(f'{place}: the row is no post with a summary, nor with two of them ({type(error).__name__}: {error}); '
                     f'{NEEDED}') from error
-  return sources.to_example(row, place)
+  example = rows.to_example(row, place)
+  responses = tuple(response.strip() for response in example.responses)
+  if len(responses) > 1 and len(set(responses)) == 1:
+    raise DataError(f'{place}: all {len(responses)} responses are equal, but for the space around them; {NEEDED}')
+  *earlier, last = example.prompt
+  prompt = (*earlier, Turn(last.role, _as_queried(last.text)))
+  return dataclasses.replace(example, prompt=prompt, responses=responses)
+
+
+def _as_queried(prompt):
+  """A prompt in the format of `query`, if it is a post with other space in it; any other without space at its end."""
+  post = POST.fullmatch(prompt)
+  return query(post.groupdict()) if post else prompt.rstrip()
 
 
 def query(info):

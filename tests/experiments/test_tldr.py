@@ -32,6 +32,38 @@ def test_other_layouts_are_read_as_everywhere():
   assert tldr.to_example({'prompt': QUERY, 'label': 'Clicks.'}) == Example((Turn('user', QUERY),), ('Clicks.',), (0,))
 
 
+DENSE = QUERY.replace('\n\n', '\n')                                               # as CarperAI's copy has it
+LABELLED = {
+  'label': {'prompt': QUERY, 'label': ' A knee.'},
+  'completion': {'prompt': QUERY, 'completion': ' A knee.'},
+  'space after the prompt': {'prompt': QUERY + ' ', 'completion': 'A knee.\n'},
+  'other space in the prompt': {'prompt': DENSE, 'label': 'A knee.'},
+  'space around the post': {'prompt': QUERY.replace('knee clicks\n', 'knee clicks \n').replace('\n\nTL', '\n\n\nTL'),
+                            'label': ' A knee.'},
+  'without TL;DR': {'prompt': QUERY.removesuffix('\n\nTL;DR:'), 'label': 'A knee.'},
+  'messages': {'messages': [{'role': 'user', 'content': QUERY}, {'role': 'assistant', 'content': ' A knee.'}]},
+  'a post': POST | {'summary': ' A knee.'},
+}
+
+
+@pytest.mark.parametrize('row', LABELLED.values(), ids=LABELLED)
+def test_a_post_with_a_summary_is_the_same_whatever_its_layout(row):
+  assert tldr.to_example(row) == Example((Turn('user', QUERY),), ('A knee.',), (0,))
+
+
+@pytest.mark.parametrize('prompt', [QUERY, QUERY + ' ', DENSE])
+def test_a_comparison_is_the_same_whatever_its_layout(prompt):
+  row = {'prompt': prompt, 'chosen': ' A knee.', 'rejected': ' Knee clicks since May.'}
+  assert tldr.to_example(row) == tldr.to_example(COMPARISON)
+  with pytest.raises(DataError, match='row 3: all 2 responses are equal, but for the space around them; needed are'):
+    tldr.to_example({'prompt': prompt, 'chosen': ' A knee.', 'rejected': 'A knee.'}, 'row 3')
+
+
+def test_a_prompt_that_is_no_post_keeps_its_text():
+  row = {'prompt': '  Sum up:\n\nTITLE: x ', 'label': ' A knee.'}
+  assert tldr.to_example(row) == Example((Turn('user', '  Sum up:\n\nTITLE: x'),), ('A knee.',), (0,))
+
+
 @pytest.mark.parametrize('row, match', [
   (COMPARISON | {'choice': 2}, r'row 3: 2 summaries with choice 2; needed are info'),
   (COMPARISON | {'summaries': SUMMARIES[:1]}, r'row 3: 1 summaries with choice 1; needed are info'),
