@@ -53,14 +53,15 @@ def make_task(experiment):
   if any(len(example.responses) > 1 for example in split[0]):
     comparisons = _parts('comparisons', sources.as_comparisons, split, experiment.data)
   else:
-    print('no example has two or more ranked responses: there is SFT, but no reward model to be had of this data')
+    print('no example has two or more ranked responses: this data has demonstrations for SFT, and '
+          'no comparisons for a reward model')
     comparisons = [], []
   return Task(demonstrations=demonstrations, comparisons=comparisons,
               prompts=(sources.as_prompts(split[0]), sources.as_prompts(split[1])))
 
 
 def load(experiment: Experiment) -> Split:
-  """(train, held out) examples: two splits of the data, or a share of the prompts where it has but one."""
+  """(train, held out) examples: two splits of the data, or a share of the prompts of one."""
   data = experiment.data
   train = _read(data, data.split)
   held_out_split = sources.held_out_split(data.path, data.split, data.held_out_split)
@@ -70,7 +71,7 @@ def load(experiment: Experiment) -> Split:
 
 
 def _parts(name, view, split, data):
-  """What a stage takes of the training examples and of those held out; says how many can be none of it."""
+  """What a stage takes of the training and the held-out examples; prints how many are left out."""
   kept = []
   for part, examples in zip(('training', 'held-out'), split):
     where = f'the {part} part of the {name}'
@@ -79,16 +80,17 @@ def _parts(name, view, split, data):
     kept.append(view(examples, where))
     if len(kept[-1]) < len(examples):
       left_out = len(examples) - len(kept[-1])
-      print(f'{where}: {left_out} of {len(examples)} examples lack the responses for it, and are left out')
+      print(f'{where}: {left_out} of {len(examples)} examples lack the responses for it, '
+            'and are left out')
   return tuple(kept)
 
 
 def _share_of(split, data):
   """Why a share of the prompts left a part without any; a split that is read is never empty."""
-  count, held_out = (len(sources.as_prompts(examples)) for examples in (split[0] + split[1], split[1]))
+  train, held_out = (len(sources.as_prompts(examples)) for examples in split)
   change = 'lower' if held_out else 'raise'
-  return (f'{held_out} of {count} prompts fell into --data.held-out-share {data.held_out_share}; {change} it or name '
-          '--data.held-out-split.')
+  return (f'{held_out} of {train + held_out} prompts fell into --data.held-out-share '
+          f'{data.held_out_share}; {change} it or name --data.held-out-split.')
 
 
 def _read(data, split):

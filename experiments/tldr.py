@@ -39,8 +39,8 @@ from rlhf_jax.stages.task import Task
 NEEDED = ("needed are info {subreddit, title, post}, two summaries [{text}] and choice, 0 or 1; or subreddit, title, post "
           'and summary. Mend or drop the row, or pass --data.skip-bad-rows.')
 
-POST = re.compile(r'\s*SUBREDDIT: r/(?P<subreddit>[^\n]*)\n+TITLE: (?P<title>.*?)\n+POST: (?P<post>.*?)'
-                  r'\s*(TL;DR:)?\s*', re.DOTALL)
+POST = re.compile(r'\s*SUBREDDIT: r/(?P<subreddit>[^\n]*)\n+TITLE: (?P<title>.*?)\n+'
+                  r'POST: (?P<post>.*?)\s*(TL;DR:)?\s*', re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _load(experiment, path):
 
 
 def load_examples(path, split, skip_bad_rows=False, limit=None):
-  """The first `limit` good examples of a split, in one of the two layouts of TL;DR or any that `rows` reads."""
+  """The first `limit` good examples of a split, in a layout of TL;DR or any that `rows` reads."""
   examples, skipped = sources.load_examples(path, split=split, skip_bad_rows=skip_bad_rows, limit=limit,
                                             read_row=to_example)
   said = f', {len(skipped)} bad rows skipped, the first: {skipped[0]}' if skipped else ''
@@ -100,7 +100,7 @@ def load_examples(path, split, skip_bad_rows=False, limit=None):
 
 
 def to_example(row, place='') -> Example:
-  """The Example of a row: a comparison of two summaries, a post with its summary, or a layout of `rows`.
+  """The Example of a row: two summaries compared, a post with its summary, or a layout of `rows`.
 
   The same post with the same summaries gives the same texts in each layout: the prompt is that of
   `query`, and a response has no space around it, for the template puts one before it.
@@ -119,14 +119,15 @@ def to_example(row, place='') -> Example:
   example = rows.to_example(row, place)
   responses = tuple(response.strip() for response in example.responses)
   if len(responses) > 1 and len(set(responses)) == 1:
-    raise DataError(f'{place}: all {len(responses)} responses are equal, but for the space around them; {NEEDED}')
+    raise DataError(f'{place}: all {len(responses)} responses are equal, but for the space around '
+                    f'them; {NEEDED}')
   *earlier, last = example.prompt
   prompt = (*earlier, Turn(last.role, _as_queried(last.text)))
   return dataclasses.replace(example, prompt=prompt, responses=responses)
 
 
 def _as_queried(prompt):
-  """A prompt in the format of `query`, if it is a post with other space in it; any other without space at its end."""
+  """A prompt that is a post, in the format of `query`; any other without the space at its end."""
   post = POST.fullmatch(prompt)
   return query(post.groupdict()) if post else prompt.rstrip()
 

@@ -40,10 +40,10 @@ class MeshConfig:
 class DataConfig:
   """Where examples come from, and which are used."""
   path: str = ''  # jsonl, parquet, a folder, tfds:NAME or a hub id; experiments with data of their own ignore it
-  split: str = 'train'  # which split of the path to train on, as it is named there: train, train_sft, train_prefs
-  held_out_split: str | None = None  # to evaluate on; None: test for train, test_sft for train_sft, if there is one
+  split: str = 'train'  # to train on, as it is named at the path: train, train_sft, train_prefs
+  held_out_split: str | None = None  # to evaluate on; None: test, or test_sft for train_sft, if any
   skip_bad_rows: bool = False  # count and skip rows that cannot be used, instead of stopping at the first
-  held_out_share: float = 0.05  # of the prompts, kept for evaluation where the data has no such split
+  held_out_share: float = 0.05  # of the prompts, to evaluate on where there is no such split
   max_examples: int | None = None  # use only the first so many
   limits: Limits = Limits()  # lengths in tokens
 
@@ -51,8 +51,8 @@ class DataConfig:
     if not 0 < self.held_out_share < 1:
       raise ConfigError(f'data held_out_share={self.held_out_share}. It must lie between 0 and 1, for example 0.05.')
     if self.split == self.held_out_split:
-      raise ConfigError(f'data split and held_out_split are both {self.split!r}. What is trained on is not held out: '
-                        'name two splits, or leave held_out_split out.')
+      raise ConfigError(f'data split and held_out_split are both {self.split!r}. What is trained '
+                        'on is not held out: name two splits, or leave held_out_split out.')
 
 
 def _positive(config, *names):

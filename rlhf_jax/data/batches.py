@@ -55,7 +55,7 @@ class Batches:
     return self.collate([self.rows[i] for i in share(chosen, self.part)], length)
 
   def chosen(self, step: int) -> list[int]:
-    """Numbers, in `rows`, of all rows of batch `step`: of the whole batch, not of this process's part."""
+    """Numbers, in `rows`, of the rows of the whole batch `step`, not of this process's part."""
     _, chosen = self._batch(step)
     return list(chosen)
 
@@ -84,16 +84,18 @@ class Batches:
     for number, length in enumerate(self.buckets):
       waiting = np.concatenate([waiting, order[bucket == number]])
       full = len(waiting) // self.batch_size * self.batch_size
-      batches += [(length, chosen.tolist()) for chosen in waiting[:full].reshape(-1, self.batch_size)]
+      filled = waiting[:full].reshape(-1, self.batch_size)
+      batches += [(length, chosen.tolist()) for chosen in filled]
       waiting = waiting[full:]
     batch_order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(batches))
     return [batches[i] for i in batch_order]
 
   def _stream(self, start, stop):
-    """Row numbers start .. stop - 1 of an endless stream: permutation after permutation of all rows."""
+    """Row numbers start .. stop - 1 of the endless stream, permutation after permutation."""
     count = len(self.rows)
     first, last = start // count, (stop - 1) // count
-    permutations = [np.random.default_rng((self.seed, j)).permutation(count) for j in range(first, last + 1)]
+    permutations = [np.random.default_rng((self.seed, number)).permutation(count)
+                    for number in range(first, last + 1)]
     return np.concatenate(permutations)[start - first * count:stop - first * count]
 
 

@@ -56,7 +56,7 @@ class Example:
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-  """SHA-256 of all turns, responses and ranks, in their order; of places nothing, since files may move.
+  """SHA-256 of all turns, responses and ranks, in their order; not of places, for files may move.
 
   Of an `Answer` its ids count too. The same in every process. It tells whether a run that goes on has the data that it
   began with.

@@ -17,23 +17,25 @@ What a row may look like (`to_example(row, place)`), the first that fits; null i
 Messages may also be a dict of lists, as `datasets` and tfds nest them; role 'human' is the user, 'gpt' the assistant.
 A content may be a list of parts, if each is {type: text, text}; they are joined.
 An HH transcript is '\\n\\nHuman: ...\\n\\nAssistant: ...' (Bai et al. 2022, 2204.05862); a prompt that is one ends in
-'\\n\\nAssistant:', and its responses continue it. The text of its turns is stripped; every other text is kept.
+'\\n\\nAssistant:', and its responses continue it. The text of its turns is stripped; every other
+text is kept.
 
 Fields that change what these mean, beside any layout. Null, blank and empty values are absent:
 
-    system, system_prompt, or         the system turn (Orca, alpaca, ShareGPT); a chat that has one of its own must
-            system_message            have the same
-    input, context                    set under instruction, prompt or question (alpaca, Dolly); beside a chat or
-                                      transcript, its prompt must have the text already
-    history                           earlier turns, [[user, assistant], ...] or messages, before a prompt that is one
-                                      string; a chat or transcript must begin with them
-    label or kto_tag, true or false   KTO: true is a demonstration; false, an undesired response, is refused
+    system, system_prompt, or         the system turn (Orca, alpaca, ShareGPT); a chat that has one
+            system_message            of its own must have the same
+    input, context                    set under instruction, prompt or question (alpaca, Dolly);
+                                      beside a chat or transcript, its prompt must have the text
+    history                           earlier turns, [[user, assistant], ...] or messages, before a
+                                      prompt that is one string; a chat or transcript must begin so
+    label or kto_tag, true or false   KTO: true is a demonstration; false, an undesired response, is
+                                      refused
     weight                            refused unless 1
 
-and those that are refused, since no template here could render them (`UNREAD`): tools and their calls, images, audio,
-video, documents, chat_template_kwargs, reasoning apart from the response. A message may have none of these either
-(`UNREAD_IN_MESSAGE`), and the assistant's none of `LEARNT` (weight, train ...) that says not to learn from it.
-Other fields are not read.
+Refused in a row, since no template here could render them (`UNREAD`): tools and their calls,
+images, audio, video, documents, chat_template_kwargs, reasoning apart from the response. Refused in
+a message: the same and `reasoning`; in the assistant's also a flag of `LEARNT` (weight, train ...)
+that says not to learn from it. Other fields are not read.
 """
 
 import math
@@ -49,8 +51,8 @@ RESPONSES = ('response', 'completion', 'output', 'answer', 'label')
 INPUTS = ('input', 'context')
 SYSTEMS = ('system', 'system_prompt', 'system_message')
 DESIRED = ('label', 'kto_tag')
-UNREAD = ('tools', 'functions', 'tool_calls', 'function_call', 'image', 'images', 'video', 'videos', 'audio', 'audios',
-          'documents', 'chat_template_kwargs', 'reasoning_content', 'thinking')
+UNREAD = ('tools', 'functions', 'tool_calls', 'function_call', 'image', 'images', 'video', 'videos',
+          'audio', 'audios', 'documents', 'chat_template_kwargs', 'reasoning_content', 'thinking')
 UNREAD_IN_MESSAGE = (*UNREAD, 'reasoning')
 LEARNT = ('weight', 'train', 'training', 'train_on_turn', 'loss')
 ROLES = {'system': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant'}
@@ -91,7 +93,8 @@ def _parts(row):
 # ---- layouts: each gives (turns of the prompt, responses, ranks)
 
 def _pair(fields, row):
-  prompt, responses = _answered(fields, row, {name: fields[name] for name in ('chosen', 'rejected')})
+  sides = {name: fields[name] for name in ('chosen', 'rejected')}
+  prompt, responses = _answered(fields, row, sides)
   if responses[0] == responses[1]:
     raise DataError("'chosen' equals 'rejected', so the pair says nothing.")
   return prompt, responses, (0, 1)
@@ -101,7 +104,9 @@ def _ranked(fields, row):
   texts = fields['responses']
   if not isinstance(texts, list) or not texts:
     raise DataError(f"'responses' is {shown(texts)}; needed is a list of one or more strings.")
-  named = {f'responses[{index}]': _filled(f'responses[{index}]', text) for index, text in enumerate(texts)}
+  named = {f'responses[{index}]': text for index, text in enumerate(texts)}
+  for name, text in named.items():
+    _filled(name, text)
   if _asking(fields) is None:
     raise _without_prompt(row)
   prompt, responses = _answered(fields, row, named)
@@ -174,7 +179,7 @@ def _asking(fields):
 
 
 def _asked(fields):
-  """Turns of the prompt: of a string, with what belongs to it, of an HH transcript, or of messages."""
+  """Turns of the prompt: a string with what belongs to it, an HH transcript, or messages."""
   name = _asking(fields)
   value = fields[name]
   if name != 'instruction' and not isinstance(value, str):
@@ -187,27 +192,29 @@ def _asked(fields):
 
 
 def _history(fields):
-  """The earlier turns of a field of that name: pairs of what the user and the assistant said, or messages."""
+  """The turns of the field of that name: pairs of what user and assistant said, or messages."""
   value = fields.get('history')
   if _absent(value):
     return []
   if isinstance(value, Mapping) or (isinstance(value, list) and isinstance(value[0], Mapping)):
     return _messages('history', value)
-  if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+  pairs = value if isinstance(value, list) else [None]
+  if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
     raise DataError(f"'history' is {shown(value)}; needed is a list of pairs [user, assistant].")
   return [Turn(role, _filled(f'history[{index}]', text))
-          for index, pair in enumerate(value) for role, text in zip(('user', 'assistant'), pair)]
+          for index, pair in enumerate(pairs) for role, text in zip(('user', 'assistant'), pair)]
 
 
 def _answered(fields, row, values):
-  """(turns of the prompt, responses) of `values`, which are answers to the row's prompt by the name of their field.
+  """(turns of the prompt, responses) of `values`, answers to it by the name of their field.
 
-  An answer may bring the turns before it; then all must bring the same, and they continue the prompt.
+  An answer may bring the turns before it. Then all must bring the same, which continue the prompt.
   """
   name = _asking(fields)
   prompt = [] if name is None else _asked(fields)
   opening = _opening(fields)
-  talks = [_continuation(field, value, opening, name is not None) for field, value in values.items()]
+  talks = [_continuation(field, value, opening, name is not None)
+           for field, value in values.items()]
   histories, responses = zip(*talks)
   history = histories[0]
   if any(other != history for other in histories):
@@ -216,22 +223,23 @@ def _answered(fields, row, values):
   if name is None and not history:
     raise _without_prompt(row)
   if history and prompt not in (history[:len(prompt)], _spoken(history)[:len(prompt)]):
-    raise DataError(f'{name!r} is {shown(fields[name])}, but the responses start with {shown(history[0].text)}; '
-                    'needed is one prompt that they continue.')
+    raise DataError(f'{name!r} is {shown(fields[name])}, but the responses start with '
+                    f'{shown(history[0].text)}; needed is one prompt that they continue.')
   return history or prompt, responses
 
 
 def _without_prompt(row):
-  return DataError(f"the fields are {_names(row)}, without 'prompt'; needed is one, or responses that are "
-                   'transcripts or messages which start with it.')
+  return DataError(f"the fields are {_names(row)}, without 'prompt'; needed is one, or responses "
+                   'that are transcripts or messages which start with it.')
 
 
 def _opening(fields):
   """The row's prompt up to the invitation to answer, where it is an HH transcript; else None."""
   name = _asking(fields)
-  if name in (None, 'instruction') or not isinstance(fields[name], str) or not _is_talk(fields[name]):
+  value = fields.get(name)
+  if name == 'instruction' or not isinstance(value, str) or not _is_talk(value):
     return None
-  text = fields[name].replace('\r\n', '\n').rstrip()
+  text = value.replace('\r\n', '\n').rstrip()
   return text if text.endswith(INVITATION) else text + INVITATION
 
 
@@ -258,14 +266,15 @@ def _continuation(name, value, opening, asked):
 # ---- what stands beside a prompt and changes it
 
 def _without_label(fields):
-  """The fields without KTO's label, which is true or 1; DataError where it is false, or another number."""
-  labels = {name: fields[name] for name in DESIRED if isinstance(fields.get(name), bool | int | float)}
+  """The fields without KTO's label, true or 1; DataError where it is false, or another number."""
+  labels = {name: fields[name] for name in DESIRED if _is_number(fields.get(name))}
   for name, label in labels.items():
     if label not in (0, 1):
-      raise DataError(f'{name!r} is {shown(label)}; needed is true or false, whether the response is a desired one.')
+      raise DataError(f'{name!r} is {shown(label)}; needed is true or false, whether the response '
+                      'is a desired one.')
     if not label:
-      raise DataError(f'{name!r} is {shown(label)}: the response is an undesired one, and no demonstration; needed is a '
-                      'desired one, or a pair of both.')
+      raise DataError(f'{name!r} is {shown(label)}: the response is an undesired one, and no '
+                      'demonstration; needed is a desired one, or a pair of both.')
   return {name: value for name, value in fields.items() if name not in labels}
 
 
@@ -278,40 +287,46 @@ def _with_system(fields, turns):
     own = [turn for turn in turns if turn.role == 'system']
     other = next((turn for turn in own if turn.text.strip() != text.strip()), None)
     if other:
-      raise DataError(f'{name!r} is {shown(text)}, but the system turn is {shown(other.text)}; needed is one of them.')
+      raise DataError(f'{name!r} is {shown(text)}, but the system turn is {shown(other.text)}; '
+                      'needed is one of them.')
     turns = turns if own else [Turn('system', text), *turns]
   return turns
 
 
 def _check_told(fields, prompt):
-  """DataError where a text that belongs to the prompt is not in it: beside a chat or a transcript that lacks it."""
+  """DataError where a text that belongs to the prompt is not in it: beside a chat that lacks it."""
   for name in INPUTS:
     if not _absent(fields.get(name)):
       text = _text(name, fields[name]).strip()
       if not any(text in turn.text for turn in prompt):
-        raise DataError(f'{name!r} is {shown(text)}, which the prompt does not say; needed is a prompt that has it, '
-                        'or a prompt of one string, to set it under.')
+        raise DataError(f'{name!r} is {shown(text)}, which the prompt does not say; needed is a '
+                        'prompt that has it, or a prompt of one string, to set it under.')
   history = _spoken(_history(fields))
   if history != _spoken(prompt)[:len(history)]:
-    raise DataError(f"'history' is {shown(fields['history'])}, but the prompt starts with {_end(prompt[:1])}; "
-                    'needed is a prompt of one string to follow it, or one that starts with it.')
+    raise DataError(f"'history' is {shown(fields['history'])}, but the prompt starts with "
+                    f'{_end(prompt[:1])}; needed is a prompt of one string to follow it, or one '
+                    'that starts with it.')
 
 
 def _check_unread(name, fields, unread):
   """DataError where a field that is not read, and changes what the text means, is there."""
   for field in unread:
     if not _absent(fields.get(field)):
-      raise DataError(f'{name} has {field!r}, {shown(fields[field])}, which changes what the text means and is not read; '
-                      'needed is a row without it.')
+      raise DataError(f'{name} has {field!r}, {shown(fields[field])}, which changes what the text '
+                      'means and is not read; needed is a row without it.')
 
 
 def _check_learnt(name, fields, flags):
   """DataError where a field says that the text is not, or only in part, to be learnt from."""
   for flag in flags:
     value = fields.get(flag)
-    if isinstance(value, bool | int | float) and value != 1:
-      raise DataError(f'{name} has {flag!r}, {shown(value)}, so it is not to be learnt like the others; needed is a row '
-                      'whose every response is.')
+    if _is_number(value) and value != 1:
+      raise DataError(f'{name} has {flag!r}, {shown(value)}, so it is not to be learnt like the '
+                      'others; needed is a row whose every response is.')
+
+
+def _is_number(value):
+  return isinstance(value, bool | int | float)
 
 
 def _spoken(turns):
@@ -365,11 +380,14 @@ def _messages(name, value):
 
 
 def _listed(name, value):
-  """A dict of lists, one entry a turn or part in each, as a list of dicts; any other value as it is."""
-  if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
+  """A dict of lists, an entry a turn or part in each, as a list of dicts; else the value itself."""
+  if not isinstance(value, Mapping):
+    return value
+  if not all(isinstance(column, list) for column in value.values()):
     return value
   if len({len(column) for column in value.values()}) > 1:
-    raise DataError(f'{name!r} is a dict of lists of unequal length; needed is one entry a turn in each.')
+    raise DataError(f'{name!r} is a dict of lists of unequal length; needed is one entry a turn in '
+                    'each.')
   return [dict(zip(value, entries)) for entries in zip(*value.values())]
 
 
@@ -393,7 +411,8 @@ def _joined(name, content):
     return content
   for part in parts:
     if not isinstance(part, Mapping) or part.get('type') != 'text':
-      raise DataError(f'{name!r} has a part {shown(part)}; needed is text alone, each part {{type: text, text}}.')
+      raise DataError(f'{name!r} has a part {shown(part)}; needed is text alone, each part '
+                      '{type: text, text}.')
   return ''.join(_text(name, part.get('text')) for part in parts)
 
 

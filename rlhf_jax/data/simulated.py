@@ -378,25 +378,30 @@ def prompts(seed, held_out_share=0.15):
   return train, held_out
 
 
-def demonstrations(seed: int, count: int, shares: Shares = Shares(), held_out_share: float = 0.15) -> list[Example]:
+def demonstrations(seed: int, count: int, shares: Shares = Shares(),
+                   held_out_share: float = 0.15) -> list[Example]:
   """`count` Examples of one response each, to the training prompts of the seed, each as often as any other (+-1)."""
   train, _ = prompts(seed, held_out_share)
-  return _demonstrations(train, np.random.default_rng([seed, 1]), count, shares, 'simulated demonstration')
+  rng = np.random.default_rng([seed, 1])
+  return _demonstrations(train, rng, count, shares, 'simulated demonstration')
 
 
 def held_out_demonstrations(seed: int, count: int, shares: Shares = Shares(),
                             held_out_share: float = 0.15) -> list[Example]:
   """The same to the held-out prompts of the seed, which no training demonstration answers."""
   _, held_out = prompts(seed, held_out_share)
-  return _demonstrations(held_out, np.random.default_rng([seed, 3]), count, shares, 'simulated held-out demonstration')
+  rng = np.random.default_rng([seed, 3])
+  return _demonstrations(held_out, rng, count, shares, 'simulated held-out demonstration')
 
 
 def _demonstrations(asked, rng, count, shares, kind):
   if not asked:
-    raise DataError(f'there is no prompt to demonstrate for a {kind}. Raise held_out_share above 0.')
+    raise DataError(f'there is no prompt for a {kind}. Raise held_out_share above 0.')
   order = [i for _ in range(-(-count // len(asked))) for i in rng.permutation(len(asked))][:count]
-  return [_prompt(text, responses=(_demonstrate(_world()[text], rng, shares),), ranks=(0,), place=f'{kind} {row}')
-          for row, text in enumerate(prompt_text(asked[i]) for i in order)]
+  texts = [prompt_text(asked[i]) for i in order]
+  return [_prompt(text, responses=(_demonstrate(_world()[text], rng, shares),), ranks=(0,),
+                  place=f'{kind} {row}')
+          for row, text in enumerate(texts)]
 
 
 def _demonstrate(question, rng, shares):

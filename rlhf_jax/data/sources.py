@@ -3,13 +3,15 @@
 Where rows come from (`load_examples(path, split=...)`):
 
     data.jsonl  data.jsonl.gz  data.json  data.parquet     one file (a .json file holds a list of objects, or lines)
-    folder/                                                SPLIT.jsonl, SPLIT.jsonl.gz, SPLIT.json or SPLIT.parquet, or
-                                                           its shards; or what `datasets` saved with save_to_disk
+    folder/                                                SPLIT.jsonl, .jsonl.gz, .json, .parquet,
+                                                           or shards of it; or what `datasets`
+                                                           saved with save_to_disk
     tfds:NAME   tfds:/folder/of/a/prepared/dataset         read as a data source, without TensorFlow
     id  id:config  hub:id                                  a data set on the Hugging Face hub
 
-A file of a folder belongs to a split if its name is the split's, alone or with the number of a shard (train-00000-of-00002,
-train_0, train.1, train0), and not if it only begins so: train_sft and training are other splits.
+A file of a folder belongs to a split if its name is the split's, alone or with the number of a
+shard (train-00000-of-00002, train_0, train.1, train0), and not if it only begins so: train_sft and
+training are other splits.
 What a row may look like, and what becomes of it: rows.py.
 
 Deliberately absent: templates and tokens (text.py), batches and their order (batches.py), rewards.
@@ -33,7 +35,7 @@ FILES = ('.jsonl', '.jsonl.gz', '.json', '.parquet')
 OTHER_FILES = ('.gz', '.csv', '.tsv', '.txt', '.arrow', '.zip', '.zst')          # a path that ends so is no hub id
 SOURCES = ('Needed is a .jsonl, .jsonl.gz, .json or .parquet file, a folder with files named by split or made by '
            'save_to_disk, tfds:NAME, tfds:/prepared/folder, or the id of a data set on the Hugging Face hub.')
-# What stands behind a split's name where the file is one of several: 0, -1, _2, .3, -00000-of-00002[-hash].
+# What follows a split's name where a file is one of several: 0, -1, _2, .3, -00000-of-00002[-hash].
 SHARD = re.compile(r'[-_.]?(\d+)([-_.]of[-_.]\d+([-_.][0-9a-f]+)?)?')
 OTHER_SPLIT = 'Name another with --data.split, or with --data.held-out-split for what is held out.'
 
@@ -41,7 +43,8 @@ OTHER_SPLIT = 'Name another with --data.split, or with --data.held-out-split for
 # ---- all rows of a source
 
 def load_examples(path: str | pathlib.Path, *, split: str = 'train', skip_bad_rows: bool = False,
-                  limit: int | None = None, read_row: Callable | None = None) -> tuple[list[Example], list[str]]:
+                  limit: int | None = None,
+                  read_row: Callable | None = None) -> tuple[list[Example], list[str]]:
   """(examples, messages of the rows that were skipped): the first `limit` good rows, or all.
 
   A bad row raises DataError, unless `skip_bad_rows`; a damaged file, or one without any good row, always does.
@@ -67,7 +70,7 @@ def load_examples(path: str | pathlib.Path, *, split: str = 'train', skip_bad_ro
 
 
 def splits(path: str) -> list[str]:
-  """Names of the splits of a source; none where it is one file, or one saved set, without a name of its split."""
+  """Names of the splits of a source; none where it is one file, or one saved set without a name."""
   path = str(path)
   if path.startswith('tfds:'):
     return _tfds_splits(path)
@@ -95,10 +98,10 @@ def held_out_split(path: str, split: str, named: str | None = None) -> str | Non
   known = splits(path)
   if named is not None:
     if not known:
-      raise DataError(f'{path} has no splits by name, so {named!r} cannot be held out of it. Name a folder, or a set, '
-                      'that has both, or leave out --data.held-out-split.')
+      raise DataError(f'{path} has no splits by name, so {named!r} cannot be held out of it. Name '
+                      'a folder, or a set, that has both, or leave out --data.held-out-split.')
     return named
-  base = split.partition('[')[0]                                                # train[:10%] is a part of train
+  base = split.partition('[')[0]                                # train[:10%] is a part of train
   counterpart = base.replace('train', 'test')
   return counterpart if counterpart != base and counterpart in known else None
 
@@ -115,7 +118,8 @@ def _rows(path, split):
   if local.is_dir():
     return _from_folder(local, split)
   if split != 'train' and _shard(local, split) is None:
-    raise DataError(f'{path} is one file, and split {split!r} was asked of it. Name the file of that split.')
+    raise DataError(f'{path} is one file, and split {split!r} was asked of it. Name the file of '
+                    'that split.')
   return _from_file(local)
 
 
@@ -136,14 +140,16 @@ def _looks_local(path):
 def _from_folder(folder, split):
   if _saved_by_datasets(folder):
     return _from_disk(folder, split)
-  shards = {path: _shard(path, split) for path in folder.iterdir() if _kind(path)}
-  paths = sorted((path for path in shards if shards[path] is not None), key=lambda path: (shards[path], path))
+  files = [path for path in folder.iterdir() if _kind(path)]
+  numbered = [(_shard(path, split), path) for path in files if _shard(path, split) is not None]
+  paths = [path for _, path in sorted(numbered)]
   kinds = [suffix for suffix in FILES if suffix in map(_kind, paths)]
   if not kinds:
     here = ', '.join(sorted(path.name for path in folder.iterdir())[:20]) or 'nothing'
+    known = ', '.join(_folder_splits(folder)) or 'none'
     raise DataError(f'{folder} has no file for split {split!r}; it holds {here}. Its splits are: '
-                    f'{", ".join(_folder_splits(folder)) or "none"}. {OTHER_SPLIT} Needed is {split} with one of '
-                    f'{", ".join(FILES)}, or a folder from save_to_disk; one made by tensorflow-datasets is '
+                    f'{known}. {OTHER_SPLIT} Needed is {split} with one of {", ".join(FILES)}, or '
+                    f'a folder from save_to_disk; one made by tensorflow-datasets is '
                     f'tfds:{folder}.')
   if len(kinds) > 1:
     raise DataError(f'{folder} has split {split!r} as {" and as ".join(kinds)}, so rows may come twice. '
@@ -157,7 +163,7 @@ def _kind(path):
 
 
 def _shard(path, split):
-  """The number of a file among those of a split, -1 where it is the only one; None for a file of another split."""
+  """A file's number among those of a split, -1 where it has none; None if of another split."""
   stem = path.name.removesuffix(_kind(path) or '')
   if stem == split:
     return -1
@@ -178,7 +184,8 @@ def _from_disk(folder, split):
   saved = _load_from_disk(folder)
   by_split = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
   if split not in by_split:
-    raise DataError(f'{folder} has no split {split!r}. Use one that it has: {", ".join(by_split)}. {OTHER_SPLIT}')
+    raise DataError(f'{folder} has no split {split!r}. Use one that it has: {", ".join(by_split)}. '
+                    f'{OTHER_SPLIT}')
   return ((f'{folder} {split} row {number}', row) for number, row in enumerate(by_split[split], 1))
 
 
@@ -214,8 +221,9 @@ def _hub_errors(name, tried):
     yield
   except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
     other = f' {OTHER_SPLIT}' if 'split' in str(error) else ''
-    raise DataError(f'{name} is no local path, and {tried} failed: {_brief(error)}.{other} {SOURCES} Without a network, '
-                    'fetch it elsewhere and save_to_disk it to a folder here.') from error
+    raise DataError(f'{name} is no local path, and {tried} failed: {_brief(error)}.{other} '
+                    f'{SOURCES} Without a network, fetch it elsewhere and save_to_disk it to a '
+                    'folder here.') from error
 
 
 def _from_tfds(path, split):
@@ -251,8 +259,10 @@ def _tfds_errors(path, split):
     yield
   except (OSError, ValueError, RuntimeError, ImportError) as error:
     other = f' {OTHER_SPLIT}' if 'split' in str(error) else ''
-    raise DataError(f'{path} ({split}) cannot be read by tensorflow-datasets: {_brief(error)}.{other} Needed is a set of '
-                    "its catalogue or a folder that it prepared, with file_format='array_record'.") from error
+    raise DataError(f'{path} ({split}) cannot be read by tensorflow-datasets: '
+                    f'{_brief(error)}.{other} Needed is a set of its catalogue or a folder that it '
+                    'prepared, with '
+                    "file_format='array_record'.") from error
 
 
 def _plain(value):
@@ -331,8 +341,8 @@ def _parsed(row, place):
   except UnicodeDecodeError as error:
     raise DataError(f'{place}: byte {row[error.start]:#04x} is not UTF-8. Save the file as UTF-8. {ADVICE}') from error
   except (ValueError, RecursionError) as error:
-    raise DataError(f'{place}: {shown(row.decode())} is invalid JSON, {error}. Needed is one object a line, or a '
-                    f'list of objects in a .json file. {ADVICE}') from error
+    raise DataError(f'{place}: {shown(row.decode())} is invalid JSON, {error}. Needed is one '
+                    f'object a line, or a list of objects in a .json file. {ADVICE}') from error
 
 
 # ---- what a stage takes of the examples
@@ -376,8 +386,9 @@ def as_prompts(examples: list[Example]) -> list[Example]:
   return list(first.values())
 
 
-def held_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-  """(train, held out): the text of the first turn of the user and the seed alone decide, whatever is added.
+def held_out(examples: list[Example], share: float,
+             seed: int) -> tuple[list[Example], list[Example]]:
+  """(train, held out): the first turn of the user and the seed alone decide, whatever is added.
 
   So no prompt is on both sides, nor a conversation on one and its continuation on the other. About
   `share` of the first turns are held out: each with that probability, by a hash.
@@ -398,8 +409,8 @@ def _first_said(example):
 def _some(kept, examples, needed, part):
   if examples and not kept:
     where = f'{part} is empty: ' if part else ''
-    raise DataError(f'{where}none of the {len(examples)} examples has {needed}; the first is {examples[0].place}. '
-                    f'Needed is a layout that has: {SHAPES}.')
+    raise DataError(f'{where}none of the {len(examples)} examples has {needed}; the first is '
+                    f'{examples[0].place}. Needed is a layout that has: {SHAPES}.')
   return kept
 
 

@@ -105,11 +105,14 @@ def _scored(run, score, params, collated):
 
 
 def _comparisons(run):
-  """The task's comparisons. What it makes by asking the SFT policy is written down, so that a resumed run reads the same."""
+  """The task's comparisons: recorded ones, or those that it makes by asking the SFT policy.
+
+  The latter are written down, so that a resumed run reads the same.
+  """
   if not callable(run.task.comparisons):
     if not run.task.comparisons[0]:
-      raise DataError('there are no comparisons: none of the examples has two or more ranked responses. '
-                      'Use data that has them, or leave reward out of --stages.')
+      raise DataError('there are no comparisons: none of the examples has two or more ranked '
+                      'responses. Use data that has them, or leave reward out of --stages.')
     return run.task.comparisons
   path = run.stage(NAME) / 'comparisons.jsonl'
   if not processes.first_says(path.exists()):
