@@ -3,22 +3,18 @@
 import gzip
 import json
 
-import jax
 import numpy as np
 import pytest
 import torch
 import transformers
+from chatml import make_directory
 
 from experiments import hh
 from rlhf_jax import cli, config
-from rlhf_jax.data import text
 from rlhf_jax.errors import DataError
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.model import huggingface
-from rlhf_jax.model.config import ModelConfig
-from rlhf_jax.model.heads import LanguageModel, initial_params
 
-SETTINGS = {'data.limits.prompt_tokens': 24, 'data.limits.response_tokens': 8, 'tensorboard': False,
+SETTINGS = {'data.limits.prompt_tokens': 100, 'data.limits.response_tokens': 8, 'tensorboard': False,
             'sft.steps': 3, 'sft.batch_size': 8, 'sft.optimizer.warmup_steps': 0, 'reward.steps': 3,
             'reward.batch_size': 8, 'reward.optimizer.warmup_steps': 0,
             'ppo.iterations': 2, 'ppo.batch_size': 8, 'ppo.epochs': 2}
@@ -51,20 +47,8 @@ def experiment(folder, **settings):
   return config.override(hh.EXPERIMENT, {'data.path': folder} | SETTINGS | settings)
 
 
-def pretrained_directory(path):
-  """A random Llama of 20,000 parameters in the Hugging Face format, with a tokenizer trained for it."""
-  sizes = ModelConfig(vocab_size=300, width=16, layers=1, query_heads=2, kv_heads=1, head_width=8, feedforward_width=24,
-                      context_length=64)
-  tokenizer = text.train_tokenizer([turn for thing in THINGS for turn in pair(thing).values()], sizes.vocab_size)
-  params = jax.tree.map(np.asarray, initial_params(LanguageModel(sizes), jax.random.key(5)))
-  huggingface.save(path, sizes, params, kind='language', end_token=tokenizer.eos_token_id,
-                   pad_token=tokenizer.pad_token_id)
-  text.save_tokenizer(tokenizer, path)
-  return path, params
-
-
 def test_all_stages_run_from_a_hugging_face_directory_and_the_export_speaks_in_transformers(folder, tmp_path, capsys):
-  start, params = pretrained_directory(tmp_path / 'llama')
+  start, params = make_directory(tmp_path / 'llama', [said for thing in THINGS for said in pair(thing).values()])
   directory = tmp_path / 'run'
   results = cli.run_stages(experiment(folder, pretrained=start), hh.make_task, directory)
 
@@ -73,7 +57,9 @@ def test_all_stages_run_from_a_hugging_face_directory_and_the_export_speaks_in_t
   found = results['reward']
   assert found['pairs'] == 3 and 0 <= found['accuracy_low'] <= found['accuracy'] <= found['accuracy_high'] <= 1
   assert results['table']['SFT']['KL, nats per answer'] == 0 and np.isfinite(results['table']['PPO']['score'])
-  assert '12 examples, 2 bad rows skipped, the first: ' in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert '12 examples, 2 bad rows skipped, the first: ' in printed
+  assert r'sft: trained on is what stands between [[ and ]], for example <|im_start|>system\nBe brief.<|im_' in printed
 
   for stage in ('sft', 'ppo'):
     exported = directory / stage / 'export'
@@ -83,6 +69,8 @@ def test_all_stages_run_from_a_hugging_face_directory_and_the_export_speaks_in_t
     assert 0 < np.abs(moved).max() < 1
     asked = tokenizer.apply_chat_template([{'role': 'user', 'content': 'How do I make tea?'}], add_generation_prompt=True,
                                           return_tensors='pt', return_dict=True)
+    assert model.generation_config.eos_token_id == [2, 0]                       # <|im_end|>, and the model's own
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id not in (0, 2)
     said = model.generate(**asked, max_new_tokens=5, do_sample=False)
     assert said.shape[1] > asked['input_ids'].shape[1] and isinstance(tokenizer.decode(said[0]), str)
   scorer = transformers.AutoModelForSequenceClassification.from_pretrained(directory / 'reward' / 'export')

@@ -27,7 +27,7 @@ HISTORY = (Turn('user', 'Tea?'), Turn('assistant', 'Why?'), Turn('user', 'So!'))
 
 def test_what_was_encoded_is_read_the_next_time(finished, tmp_path, monkeypatch):
   run = prepare(copy(finished, tmp_path, 'tokenizer'))
-  examples = [prompt('tea', responses=('Yes.',), ranks=(0,)), prompt('a very very long thing', responses=('No!',), ranks=(0,))]
+  examples = [prompt(thing, responses=('Yes.',), ranks=(0,)) for thing in ('tea', 'a very very long thing')]
   first = run.rows('sft', encode.demonstrations, examples, 'training')
   assert first.counts.too_long == 1 and len(list((tmp_path / 'encoded').iterdir())) == 1
   monkeypatch.setattr(type(run.chat), 'conversations', None)                      # now it cannot encode
