@@ -407,6 +407,8 @@ def test_what_can_be_no_demonstration_is_left_out():
   answers_nobody = chat('Yo.', 'Hi?')
   assert answers_nobody.prompt == (YO, HI)
   assert as_demonstrations([EXAMPLE, answers_nobody, EXAMPLES[2]]) == [EXAMPLE]
+  for turns in ((BRIEF, YO, HI), (HI, YO, YO, WHY)):
+    assert as_demonstrations([EXAMPLE, Example(turns)]) == [EXAMPLE]
   begun = Example((YO, HI), ('So.',), (0,))
   assert as_demonstrations([begun]) == [begun]
 
