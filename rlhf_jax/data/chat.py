@@ -259,8 +259,10 @@ class Chat:
   @functools.cached_property
   def _numbers(self):
     """{control string: its number}: special tokens, and other added ones that the template writes."""
-    return {token.content: number for number, token in enumerate(self.tokenizer.added_tokens_decoder.values())
-            if token.special or (token.content in self.template and not token.content.isspace())}
+    added = self.tokenizer.added_tokens_decoder.values()
+    control = [token.content for token in added
+               if token.special or (token.content in self.template and not token.content.isspace())]
+    return {content: number for number, content in enumerate(control)}
 
   @functools.cached_property
   def _control(self):
