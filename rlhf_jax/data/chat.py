@@ -35,7 +35,7 @@ _ANY_MARK = re.compile(r'\{%[-+]?\s*(end)?generation\s*[-+]?%\}')
 _NOW = re.compile(r'strftime_now\(\s*(?P<quote>[\'"])(?P<format>(?:(?!(?P=quote)).)*)(?P=quote)\s*\)')
 # A template is somebody else's program: what it raises says that it refuses a conversation.
 _REFUSALS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-_PROBE = (Turn('user', 'Xylophone'), Turn('assistant', 'Zebra'))
+_SYSTEM, _PROBE = Turn('system', 'Yak'), (Turn('user', 'Xylophone'), Turn('assistant', 'Zebra'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,7 @@ class Chat:
   template: str  # the tokenizer's, with the date of the run in place of today's
   end_tokens: tuple[int, ...]  # at which an answer ends; the first is written where the template writes none
   pad_token: int
-  lead: str = ''  # what the template writes between the invitation to answer and the answer
-  tail: str = ''  # what it writes behind an answer: up to the end token, or all where it writes none
+  behind: str = ''  # what the template writes behind every answer where it writes no end token
 
   def prompts(self, asked: Iterable[Sequence[Turn]]) -> list[list[int] | DataError]:
     """Ids of each prompt, with the template's invitation to answer; DataError in place of what it refuses."""
@@ -102,8 +101,8 @@ class Chat:
     ids = [int(i) for i in ids]
     if ids and ids[-1] in self.end_tokens:
       ids = ids[:-1]
-    said = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return said.removeprefix(self.lead).removesuffix(self.tail)
+    before, behind = self._around
+    return self._decoded(ids).removeprefix(before).removesuffix(behind)
 
   def shown(self, ids: Sequence[int], mask: Sequence[bool]) -> str:
     """The text of a row of tokens, with what is trained on in double brackets."""
@@ -116,7 +115,7 @@ class Chat:
   @functools.cached_property
   def identity(self) -> str:
     """A digest of all that tokens depend on."""
-    parts = [self.tokenizer.backend_tokenizer.to_str(), self.template, self.end_tokens, self.tokenizer.special_tokens_map]
+    parts = [self._settings(), self.template, self.end_tokens, self.tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
   @property
@@ -178,9 +177,13 @@ class Chat:
       after, closed = self._up_to_end(self._render(said)[0], len(before))
     except DataError:
       return None
-    after = after if closed else after.rstrip()
-    is_proved = len(after) > len(before) and after.startswith(before) and whole.startswith(after)
-    return (len(before), len(after)) if is_proved else None
+    if not closed and not whole.startswith(after):
+      after = after.rstrip()
+    if not after.startswith(before) or not whole.startswith(after):
+      return None
+    closing = None if closed else self._ends.match(whole, len(after))  # of templates that close a turn once others follow
+    end = closing.end() if closing else len(after)
+    return (len(before), end) if end > len(before) else None
 
   def _up_to_end(self, whole, start, marked_ends=()):
     """(the text up to the first end token behind `start`, whether there is one).
@@ -192,7 +195,7 @@ class Chat:
       return whole[:found.end()], True
     if marked_ends:
       return whole[:max(marked_ends)], False
-    return whole.removesuffix(self.tail), False
+    return whole.removesuffix(self.behind), False
 
   def _render(self, turns, invite=False):
     """(text, spans that the template marks); the control strings of the turns are rendered as placeholders."""
@@ -256,6 +259,26 @@ class Chat:
         found |= zip(some, backend.encode_batch([text.text for text in some], add_special_tokens=False))
     return found
 
+  def _decoded(self, ids):
+    """The text of tokens that stand within a text: a tokenizer may take the space from the first of all."""
+    ids = [*self._letter, *ids]
+    text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.removeprefix(self.tokenizer.decode(self._letter, clean_up_tokenization_spaces=False))
+
+  @functools.cached_property
+  def _letter(self):
+    return self._backend.encode('a', add_special_tokens=False).ids
+
+  @functools.cached_property
+  def _around(self):
+    """What the tokens of an answer say before and behind it, from the invitation to the end: seen on an answer."""
+    for turns in (_PROBE, (_SYSTEM, *_PROBE)):
+      (conversation,) = self.conversations([turns], earlier=False)
+      if not isinstance(conversation, DataError):
+        before, found, behind = self._decoded(conversation.ids[conversation.start:]).partition(_PROBE[1].text)
+        return (before, behind) if found else ('', '')
+    return '', ''
+
   @functools.cached_property
   def _numbers(self):
     """{control string: its number}: special tokens, and other added ones that the template writes."""
@@ -270,7 +293,8 @@ class Chat:
 
   @functools.cached_property
   def _special(self):
-    return _any_of(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+    added = self.tokenizer.added_tokens_decoder
+    return _any_of(token.content for number, token in added.items() if token.special or number in self.end_tokens)
 
   @functools.cached_property
   def _ends(self):
@@ -305,7 +329,9 @@ class Chat:
     return renamed
 
   def _settings(self):
-    return json.loads(self.tokenizer.backend_tokenizer.to_str()) | {'truncation': None, 'padding': None}
+    """Those of the tokenizer, without what users set on it, and what it does to a text that is tokenized."""
+    settings = json.loads(self.tokenizer.backend_tokenizer.to_str())
+    return settings | {'truncation': None, 'padding': None, 'post_processor': None}
 
 
 def open_chat(tokenizer: Any, *, generation_ends: Sequence[int] = (), pad_token: int | None = None,
@@ -323,10 +349,10 @@ def open_chat(tokenizer: Any, *, generation_ends: Sequence[int] = (), pad_token:
   eos, added = tokenizer.eos_token_id, tokenizer.added_tokens_decoder
   named = tuple(i for i in generation_ends if i in added)
   chat = Chat(tokenizer, template, (eos,), eos if pad_token is None else pad_token)
-  lead, tail, closing = _around_an_answer(chat, {tokenizer.convert_ids_to_tokens(i) for i in (*named, eos)})
+  behind, closing = _behind_an_answer(chat, {tokenizer.convert_ids_to_tokens(i) for i in (*named, eos)})
   ends = [] if closing is None else [tokenizer.convert_tokens_to_ids(closing)]
   ends += [eos] if closing is None and (eos in named or not named) else []
-  return dataclasses.replace(chat, end_tokens=tuple(dict.fromkeys([*ends, *named])), lead=lead, tail=tail)
+  return dataclasses.replace(chat, end_tokens=tuple(dict.fromkeys([*ends, *named])), behind=behind)
 
 
 def dated(template: str, now: datetime.datetime) -> str:
@@ -355,23 +381,22 @@ def _template_of(tokenizer):
   return template
 
 
-def _around_an_answer(chat, ends):
-  """(lead, tail, closing string or None) of a Chat, seen on a conversation; `ends` are strings that may close a turn."""
-  for system in ((), (Turn('system', 'Yak'),)):
+def _behind_an_answer(chat, ends):
+  """(text, closing string or None) that a Chat writes behind an answer; `ends` are strings that may close a turn."""
+  for system in ((), (_SYSTEM,)):
     try:
-      prompt, whole = (chat._render((*system, *turns), invite)[0] for turns, invite in ((_PROBE[:1], True), (_PROBE, False)))
+      whole = chat._render((*system, *_PROBE))[0]
       followed = chat._render((*system, *_PROBE, *_PROBE[:1]))[0]
     except DataError:
       continue
-    before, _, behind = whole.rpartition(_PROBE[1].text)
-    lead = chat._special.sub('', before.removeprefix(prompt)) if before.startswith(prompt) else ''
+    behind = whole.rpartition(_PROBE[1].text)[2]
     closing = chat._control.search(behind)
     if closing:
-      return lead, behind[:closing.start()], closing[0]
+      return '', closing[0]
     between = followed.partition(_PROBE[1].text)[2].partition(_PROBE[0].text)[0]
     closing = chat._control.search(between)                                      # of turns that others follow alone
-    return lead, behind, closing[0] if closing and closing[0] in ends else None
-  return '', '', None
+    return behind, closing[0] if closing and closing[0] in ends else None
+  return '', None
 
 
 def _or_refusal(make, *arguments):
