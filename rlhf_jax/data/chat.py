@@ -23,6 +23,7 @@ from typing import Any
 import jinja2
 
 from rlhf_jax.data.examples import Turn
+from rlhf_jax.data.pieces import PieceTokenizer, any_of, safe_starts
 from rlhf_jax.errors import ConfigError, DataError
 
 # Code points that Unicode reserves for use inside a program. A control string of a turn is rendered as
@@ -35,6 +36,7 @@ _ANY_MARK = re.compile(r'\{%[-+]?\s*(end)?generation\s*[-+]?%\}')
 _NOW = re.compile(r'strftime_now\(\s*(?P<quote>[\'"])(?P<format>(?:(?!(?P=quote)).)*)(?P=quote)\s*\)')
 # A template is somebody else's program: what it raises says that it refuses a conversation.
 _REFUSALS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_MOST_KEPT = 4096  # rendered prompts
 _SYSTEM, _PROBE = Turn('system', 'Yak'), (Turn('user', 'Xylophone'), Turn('assistant', 'Zebra'))
 
 
@@ -80,9 +82,11 @@ class Chat:
 
   def prompts(self, asked: Iterable[Sequence[Turn]]) -> list[list[int] | DataError]:
     """Ids of each prompt, with the template's invitation to answer; DataError in place of what it refuses."""
-    texts = [_or_refusal(self._prompt, tuple(turns)) for turns in asked]
-    found = self._tokenize([text for text in texts if isinstance(text, _Text)])
-    return [found[text].ids if isinstance(text, _Text) else text for text in texts]
+    asked = [tuple(turns) for turns in asked]
+    self._render_prompts(asked)
+    texts = [_or_refusal(self._prompt, turns) for turns in asked]
+    tokens = self._tokenize(text for text in texts if isinstance(text, _Text))
+    return [tokens[text].ids if isinstance(text, _Text) else text for text in texts]
 
   def conversations(self, spoken: Iterable[Sequence[Turn]], *, earlier: bool = True
                     ) -> list[Conversation | DataError]:
@@ -90,10 +94,13 @@ class Chat:
 
     With `earlier` what the assistant wrote before its last turn counts too.
     """
-    rendered = [_or_refusal(self._conversation, tuple(turns), earlier) for turns in spoken]
+    spoken = [tuple(turns) for turns in spoken]
+    self._render_prompts(turns[:-1] for turns in spoken)
+    rendered = [_or_refusal(self._conversation, turns, whole, earlier)
+                for turns, whole in zip(spoken, self._render_all(spoken))]
     good = [each for each in rendered if isinstance(each, _Rendered)]
-    found = self._tokenize([text for each in good for text in (each.prompt, each.whole)])
-    return [_or_refusal(self._laid_out, each, found[each.prompt].ids, found[each.whole])
+    tokens = self._tokenize(text for each in good for text in (each.prompt, each.whole))
+    return [_or_refusal(self._laid_out, each, tokens[each.prompt], tokens[each.whole])
             if isinstance(each, _Rendered) else each for each in rendered]
 
   def answer_text(self, ids: Sequence[int]) -> str:
@@ -131,14 +138,14 @@ class Chat:
   # ---- rendering
 
   def _prompt(self, turns):
-    text = self._render(turns, invite=True)[0]
+    text = self._invited(turns)
     return self._text(text, _OPEN in text)
 
-  def _conversation(self, turns, earlier):
+  def _conversation(self, turns, whole, earlier):
     if not turns or turns[-1].role != 'assistant':
       raise DataError('the conversation does not end with the assistant, so there is nothing to learn from.')
-    prompt, _ = self._render(turns[:-1], invite=True)
-    whole, marked = self._render(turns)
+    prompt = self._invited(turns[:-1])
+    whole, marked = _or_raise(whole)
     if not whole.startswith(prompt):
       raise DataError(f'the chat template renders what is before the response {turns[-1].text[:60]!r} differently once '
                       'it follows, so the policy would be trained on other text than it sees. Use a template that only '
@@ -154,7 +161,7 @@ class Chat:
       spans, apart = self._earlier_turns(turns, whole) if earlier else ([], ())
       spans = [*spans, (len(prompt), len(whole))]
     named = _OPEN in whole
-    place = lambda at: len(self._text(whole[:at], named).text)
+    place = lambda at: len(self._text(whole[:at], named).text) if named else at
     return _Rendered(self._text(prompt, named), self._text(whole, named),
                      [(place(first), place(last)) for first, last in spans], apart, closed)
 
@@ -173,7 +180,7 @@ class Chat:
   def _proved(self, history, said, whole):
     """Where the last turn of `said` stands in `whole`; None where the text up to there is none of its beginnings."""
     try:
-      before, _ = self._render(history, invite=True)
+      before = self._invited(history)
       after, closed = self._up_to_end(self._render(said)[0], len(before))
     except DataError:
       return None
@@ -197,19 +204,49 @@ class Chat:
       return whole[:max(marked_ends)], False
     return whole.removesuffix(self.behind), False
 
+  def _invited(self, turns):
+    """The text of a prompt."""
+    self._render_prompts([turns])
+    return _or_raise(self._prompts_kept[turns])[0]
+
+  def _render_prompts(self, asked):
+    """Renders those that are not kept. All responses of an example have the same prompt."""
+    kept = self._prompts_kept
+    new = list(dict.fromkeys(turns for turns in asked if turns not in kept))
+    if len(kept) + len(new) > _MOST_KEPT:
+      kept.clear()
+    kept.update(zip(new, self._render_all(new, invite=True)))
+
+  @functools.cached_property
+  def _prompts_kept(self):
+    return {}
+
+  def _render_all(self, some, invite=False):
+    """`_render` of each, DataError in place of what is refused; faster than one at a time."""
+    if len(some) > 1:
+      try:
+        return self._render_together(some, invite)
+      except DataError:
+        pass  # one of them is refused; found out below
+    return [_or_refusal(self._render, turns, invite) for turns in some]
+
   def _render(self, turns, invite=False):
     """(text, spans that the template marks); the control strings of the turns are rendered as placeholders."""
+    return self._render_together([turns], invite)[0]
+
+  def _render_together(self, some, invite):
     from transformers.utils.chat_template_utils import render_jinja_template  # slow to import, not always needed
-    messages = [{'role': turn.role, 'content': self._shielded(turn)} for turn in turns]
+    messages = [[{'role': turn.role, 'content': self._shielded(turn)} for turn in turns]
+                for turns in some]
     try:
-      (text,), marked = render_jinja_template(
-        conversations=[messages], chat_template=self.template, return_assistant_tokens_mask=self.marks,
-        add_generation_prompt=invite, **self.tokenizer.special_tokens_map)
+      texts, marked = render_jinja_template(
+        conversations=messages, chat_template=self.template, add_generation_prompt=invite,
+        return_assistant_tokens_mask=self.marks and not invite, **self.tokenizer.special_tokens_map)
     except _REFUSALS as error:
-      roles = ', '.join(turn.role for turn in turns) or 'no turns'
+      roles = ', '.join(turn.role for turn in some[0]) or 'no turns'
       raise DataError(f'the chat template refuses a conversation of {roles}: {type(error).__name__}: '
                       f'{_first_line(error)}') from error
-    return text, marked[0] if marked else []
+    return list(zip(texts, marked or itertools.repeat([])))
 
   def _shielded(self, turn):
     """The text of a turn with a placeholder for each control string.
@@ -237,33 +274,34 @@ class Chat:
 
   # ---- tokens
 
-  def _laid_out(self, rendered, prompt_ids, found):
+  def _laid_out(self, rendered, prompt_tokens, tokens):
     """The Conversation of a rendered one, from the tokens of its prompt alone and of its whole text."""
-    ids, offsets, prompt = found.ids, found.offsets, len(rendered.prompt.text)
-    start = next((i for i, (_, end) in enumerate(offsets) if end > prompt), len(ids))
+    ids, prompt_ids, prompt = tokens.ids, prompt_tokens.ids, len(rendered.prompt.text)
+    start = tokens.ending_by(prompt)
     if ids[:start] != prompt_ids[:start] or len(prompt_ids) - start not in (0, 1):
       raise DataError(f'the tokenizer joins the prompt and the response {rendered.whole.text[prompt:][:40]!r}: no token '
                       'ends where the prompt does, so the policy could never write the response in these tokens.')
-    mask = _overlap(offsets, rendered.spans)
+    mask = tokens.overlap(rendered.spans)
     if not rendered.closed:
       ids, mask = [*ids, self.end_tokens[0]], [*mask, True]
     return Conversation(ids, mask, start, rendered.apart)
 
   def _tokenize(self, texts):
-    """{_Text: its encoding}; many at a time, since the tokenizer then uses all cores."""
-    found = {}
+    """{_Text: its Tokens}"""
+    texts, tokens = list(dict.fromkeys(texts)), {}
     for named in (False, True):
-      some = list({text: None for text in texts if text.named == named})
+      some = [text for text in texts if text.named == named]
       if some:
-        backend = self._renamed if named else self._backend
-        found |= zip(some, backend.encode_batch([text.text for text in some], add_special_tokens=False))
-    return found
+        tokenize = self._renamed_pieces if named else self._pieces
+        tokens |= zip(some, tokenize([text.text for text in some]))
+    return tokens
 
   def _decoded(self, ids):
-    """The text of tokens that stand within a text: a tokenizer may take the space from the first of all."""
+    """The text of tokens that stand within a text; of the first of all the space may be lost."""
     ids = [*self._letter, *ids]
-    text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text.removeprefix(self.tokenizer.decode(self._letter, clean_up_tokenization_spaces=False))
+    decode = self.tokenizer.decode
+    text = decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.removeprefix(decode(self._letter, clean_up_tokenization_spaces=False))
 
   @functools.cached_property
   def _letter(self):
@@ -271,13 +309,26 @@ class Chat:
 
   @functools.cached_property
   def _around(self):
-    """What the tokens of an answer say before and behind it, from the invitation to the end: seen on an answer."""
+    """What the tokens of an answer say before and behind its text: seen on an answer."""
     for turns in (_PROBE, (_SYSTEM, *_PROBE)):
       (conversation,) = self.conversations([turns], earlier=False)
       if not isinstance(conversation, DataError):
         before, found, behind = self._decoded(conversation.ids[conversation.start:]).partition(_PROBE[1].text)
         return (before, behind) if found else ('', '')
     return '', ''
+
+  @functools.cached_property
+  def _pieces(self):
+    return PieceTokenizer(self._backend, self._starts)
+
+  @functools.cached_property
+  def _renamed_pieces(self):
+    names = [_name(self._numbers[content]) for content in self._starts]
+    return PieceTokenizer(self._renamed, names)
+
+  @functools.cached_property
+  def _starts(self):
+    return safe_starts(self._numbers, self.tokenizer.added_tokens_decoder.values())
 
   @functools.cached_property
   def _numbers(self):
@@ -289,20 +340,20 @@ class Chat:
 
   @functools.cached_property
   def _control(self):
-    return _any_of(self._numbers)
+    return any_of(self._numbers)
 
   @functools.cached_property
   def _special(self):
     added = self.tokenizer.added_tokens_decoder
-    return _any_of(token.content for number, token in added.items() if token.special or number in self.end_tokens)
+    return any_of(token.content for number, token in added.items()
+                  if token.special or number in self.end_tokens)
 
   @functools.cached_property
   def _ends(self):
-    return _any_of(self.tokenizer.convert_ids_to_tokens(list(self.end_tokens)))
+    return any_of(self.tokenizer.convert_ids_to_tokens(list(self.end_tokens)))
 
   @functools.cached_property
   def _backend(self):
-    """The tokenizer without what users set on it for other work."""
     import tokenizers
     return tokenizers.Tokenizer.from_str(json.dumps(self._settings()))
 
@@ -329,7 +380,7 @@ class Chat:
     return renamed
 
   def _settings(self):
-    """Those of the tokenizer, without what users set on it, and what it does to a text that is tokenized."""
+    """The tokenizer's, without what users set on it, and without what adds tokens."""
     settings = json.loads(self.tokenizer.backend_tokenizer.to_str())
     return settings | {'truncation': None, 'padding': None, 'post_processor': None}
 
@@ -399,27 +450,19 @@ def _behind_an_answer(chat, ends):
   return '', None
 
 
+def _or_raise(made):
+  """What `_or_refusal` gave."""
+  if isinstance(made, DataError):
+    raise made
+  return made
+
+
 def _or_refusal(make, *arguments):
   """make(...), or the DataError that it raises."""
   try:
     return make(*arguments)
   except DataError as error:
     return error
-
-
-def _overlap(offsets, spans):
-  """Which tokens have a character in one of the spans, as `transformers` has it; both are in order."""
-  mask, number = [], 0
-  for first, last in offsets:
-    while number < len(spans) and first >= spans[number][1]:
-      number += 1
-    mask.append(number < len(spans) and last > spans[number][0])
-  return mask
-
-
-def _any_of(strings):
-  """A pattern that matches any of the strings, the longest first, and nothing where there are none."""
-  return re.compile('|'.join(map(re.escape, sorted(strings, key=len, reverse=True))) or '(?!)')
 
 
 def _name(number):
