@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from rlhf_jax.data.chat import Chat
+from rlhf_jax.data.chat import Chat, Conversation
 from rlhf_jax.data.examples import Answer, Example, Turn
 from rlhf_jax.errors import DataError
 
@@ -136,11 +136,13 @@ def _demonstration_rows(batch, asked):
             for number, (turns, _) in asked.items()}
   rows, alone = {}, []
   for number, found in batch.conversations(spoken, earlier=True):
-    rows[number] = [batch.row(number, asked[number][1], found)]
-    alone += [(number, spoken[number][:turn + 1]) for turn in found.apart]
+    row = batch.row(number, asked[number][1], found)
+    if row is not None:
+      rows[number] = [row]
+      alone += [(number, spoken[number][:turn + 1]) for turn in found.apart]
   for number, row in batch.rows_apart(alone):
     rows[number].append(row)
-  return [row for number in sorted(rows) for row in rows[number] if row is not None]
+  return [row for number in sorted(rows) for row in rows[number]]
 
 
 def _comparison_rows(batch, asked):
@@ -196,7 +198,7 @@ class _Batch:
   def asked(self):
     """{number: (turns, ids) of a prompt within the limits}; what has none is counted."""
     found = self.chat.prompts([self.examples[number].prompt for number in self.numbers])
-    asked = {}
+    asked, too_long = {}, {}
     for number, ids in zip(self.numbers, found):
       turns = self.examples[number].prompt
       if isinstance(ids, DataError):
@@ -204,24 +206,30 @@ class _Batch:
       elif len(ids) <= self.limits.prompt_tokens:
         asked[number] = turns, ids
       elif self.limits.too_long == 'truncate':
-        asked[number] = self._shortened(turns, ids)
+        too_long[number] = turns, ids
         self._truncate(number)
       else:
         self._leave_out(number)
-    return asked
+    asked |= self._shortened(too_long)
+    return {number: asked[number] for number in self.numbers if number in asked}
 
-  def _shortened(self, turns, ids):
-    """(turns, ids) of a prompt with its earliest turns left out; cut within the last turn where that is not enough.
+  def _shortened(self, asked):
+    """{number: (turns, ids)} of prompts with their earliest turns left out, all of `asked` at once.
 
-    The system turn stays as long as it fits beside the last one, the begin token always.
+    The system turn stays as long as it fits beside the last one, the begin token always. A prompt is
+    cut within its last turn where that is not enough.
     """
-    for shorter in _without_beginnings(turns):
-      found = self.chat.prompts([shorter])[0]
-      if not isinstance(found, DataError):
-        turns, ids = shorter, found
-        if len(ids) <= self.limits.prompt_tokens:
-          break
-    return turns, _cut(ids, self.limits.prompt_tokens, self.chat.begin_token)
+    asked, limit = dict(asked), self.limits.prompt_tokens
+    shorter = {number: _without_beginnings(turns) for number, (turns, _) in asked.items()}
+    while shorter:
+      next_turns = {number: next(rest, None) for number, rest in shorter.items()}
+      tried = {number: turns for number, turns in next_turns.items() if turns}
+      for number, ids in zip(tried, self.chat.prompts(tried.values())):
+        if not isinstance(ids, DataError):
+          asked[number] = tried[number], ids
+      shorter = {number: shorter[number] for number in tried if len(asked[number][1]) > limit}
+    begin = self.chat.begin_token
+    return {number: (turns, _cut(ids, limit, begin)) for number, (turns, ids) in asked.items()}
 
   def conversations(self, spoken, earlier):
     """(key, Conversation) of what can be one; a key is a number, or starts with one."""
@@ -250,22 +258,23 @@ class _Batch:
 
   def rows_apart(self, alone):
     """(number, Row) of earlier turns, each behind its own history; what cannot be one is counted."""
-    asked = self.chat.prompts([turns[:-1] for _, turns in alone])
-    found = self.chat.conversations([turns for _, turns in alone], earlier=False)
-    for (number, turns), prompt, conversation in zip(alone, asked, found):
-      if isinstance(prompt, DataError) or isinstance(conversation, DataError):
-        self.counts.untrained += 1
-        continue
-      if len(prompt) > self.limits.prompt_tokens:
-        if self.limits.too_long == 'skip':
-          self.counts.untrained += 1
-          continue
-        history, prompt = self._shortened(turns[:-1], prompt)
-        conversation = self.chat.conversations([(*history, turns[-1])], earlier=False)[0]
-      row = None if isinstance(conversation, DataError) else self.row(number, prompt, conversation)
-      self.counts.apart += row is not None
-      self.counts.untrained += row is None
-      yield number, row
+    limits, truncates = self.limits, self.limits.too_long == 'truncate'
+    histories = [turns[:-1] for _, turns in alone]
+    asked = {i: (turns, ids) for i, (turns, ids) in enumerate(zip(histories, self.chat.prompts(histories)))
+             if not isinstance(ids, DataError)}
+    too_long = {i: prompt for i, prompt in asked.items() if len(prompt[1]) > limits.prompt_tokens}
+    if truncates:
+      asked |= self._shortened(too_long)
+    else:
+      asked = {i: prompt for i, prompt in asked.items() if i not in too_long}
+    spoken = {i: (*turns, alone[i][1][-1]) for i, (turns, _) in asked.items()}
+    found = zip(spoken, self.chat.conversations(spoken.values(), earlier=False))
+    trained = {i: each for i, each in found if isinstance(each, Conversation) and (
+      truncates or len(each.ids) - each.start <= limits.response_tokens)}
+    self.counts.apart += len(trained)
+    self.counts.untrained += len(alone) - len(trained)
+    for i, conversation in trained.items():
+      yield alone[i][0], self.row(alone[i][0], asked[i][1], conversation)
 
   def answered(self, number, prompt, answer):
     """The Row of an answer that a policy gave to that prompt, as the ids that were sampled."""
