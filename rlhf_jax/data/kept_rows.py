@@ -31,18 +31,33 @@ def write_rows(path: pathlib.Path, encoded: Encoded) -> None:
   """The rows as one file, written whole."""
   path.parent.mkdir(parents=True, exist_ok=True)
   unfinished = path.with_suffix('.unfinished')
+  counts = np.array(json.dumps(dataclasses.asdict(encoded.counts)))
+  arrays = _to_arrays(encoded.rows) | {'counts': counts}
   with unfinished.open('wb') as file:
-    np.savez(file, **_to_arrays(encoded.rows), counts=json.dumps(dataclasses.asdict(encoded.counts)))
+    np.savez(file, **arrays, digest=_digest(arrays))
   unfinished.rename(path)
 
 
 def read_rows(path: pathlib.Path) -> Encoded | None:
   """What `write_rows` wrote there; None where there is nothing, or nothing that can be read."""
   try:
-    with np.load(path) as arrays:
-      return Encoded(_from_arrays(arrays), Counts(**json.loads(str(arrays['counts']))))
-  except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
+    with np.load(path) as file:
+      arrays = {name: file[name] for name in file.files}
+    digest = str(arrays.pop('digest'))
+    if digest != _digest(arrays):
+      return None
+    return Encoded(_from_arrays(arrays), Counts(**json.loads(str(arrays['counts']))))
+  except (OSError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, EOFError):
     return None
+
+
+def _digest(arrays):
+  """Of names, shapes and numbers; a zip file with a damaged header hides its own checksums."""
+  digest = hashlib.sha256()
+  for name in sorted(arrays):
+    digest.update(f'{name} {arrays[name].dtype.str} {arrays[name].shape}'.encode())
+    digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
+  return digest.hexdigest()
 
 
 def _to_arrays(rows):
