@@ -1,34 +1,25 @@
-"""Text to tokens and back: what is a prompt, what the assistant wrote, and what cannot work."""
+"""Tokenizers that are trained, loaded, saved and exported; templates that we bring; padding."""
 
-import random
+import copy
 
+import jinja2
 import pytest
+import tokenizers
 import transformers
 
 from rlhf_jax.data import text
+from rlhf_jax.data.chat import open_chat
 from rlhf_jax.data.examples import Turn
 from rlhf_jax.errors import ConfigError, DataError
 from rlhf_jax.model.config import ModelConfig
+from tests.chat_families import FAMILIES
 
 CORPUS = ['the cat sat on the mat. the dog sat on the cat.', 'what is the answer? the answer is 42.\n\nthank you!'] * 5
-# Markers of what the assistant wrote are absent, and a line break follows every end token.
-CHATML = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
-# A header that counts the messages: the prompt reads differently once a response follows.
-COUNTING = "{{ messages | length }}" + text.TURN_TEMPLATE
-TEMPLATES = {'turn': text.TURN_TEMPLATE, 'transcript': text.TRANSCRIPT_TEMPLATE, 'chatml': CHATML}
-WORDS = ['cat', 'the', 'mat?', 'is', '42', 'naïve', '\n', 'on.', '雨', '  two']
 
 
 @pytest.fixture(scope='module')
 def tokenizer():
   return text.train_tokenizer(CORPUS, 280)
-
-
-@pytest.fixture(params=TEMPLATES)
-def templated(request, tokenizer, monkeypatch):
-  monkeypatch.setattr(tokenizer, 'chat_template', TEMPLATES[request.param])
-  return tokenizer
 
 
 def user(said):
@@ -44,17 +35,6 @@ def _bare(tokenizer, **special):
   return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
 
 
-def dialogues(count=20):
-  """[(turns, response)] of one to three rounds, with and without a system turn; words that need several tokens each."""
-  rng = random.Random(4)
-  say = lambda: ' '.join(rng.choices(WORDS, k=rng.randint(1, 6))).strip() or 'cat'
-  for _ in range(count):
-    turns = [Turn('system', say())] if rng.random() < 0.5 else []
-    for _ in range(rng.randint(0, 2)):
-      turns += [user(say()), assistant(say())]
-    yield [*turns, user(say())], say()
-
-
 def test_a_trained_tokenizer_has_the_size_asked_for_and_loses_nothing(tokenizer):
   assert len(tokenizer) == 280
   assert (tokenizer.pad_token, tokenizer.eos_token) == ('<|pad|>', '<|end|>')
@@ -68,53 +48,6 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused():
   assert len(text.train_tokenizer([], 261)) == 261
   with pytest.raises(ConfigError, match=r'a byte-level tokenizer of 260 tokens. It needs at least 261: 256 bytes and 5'):
     text.train_tokenizer(CORPUS, 260)
-
-
-def test_a_dialogue_begins_with_its_prompt_and_ends_with_the_end(templated):
-  for turns, response in dialogues():
-    prompt = text.prompt_tokens(templated, turns)
-    ids, mask = text.dialogue_tokens(templated, turns, response)
-    assert ids[:len(prompt)] == prompt
-    assert len(ids) == len(mask)
-    assert mask[len(prompt):] == [True] * (len(ids) - len(prompt))
-    assert ids[-1] == templated.eos_token_id
-    assert templated.eos_token_id not in ids[len(prompt):-1]
-    assert text.response_text(templated, ids[len(prompt):]) == response
-
-
-def test_the_mask_is_what_the_assistant_wrote(templated):
-  for turns, response in dialogues():
-    ids, mask = text.dialogue_tokens(templated, turns, response)
-    written = templated.decode([i for i, m in zip(ids, mask) if m]).split('<|end|>')
-    expected = [turn.text for turn in turns if turn.role == 'assistant'] + [response, '']
-    assert [said.strip(' ') for said in written] == expected                    # the transcript has a blank before each
-
-
-def test_ids_of_one_dialogue():
-  """Written out: 256 bytes follow five special tokens, in the order of the byte-level alphabet."""
-  tokenizer = text.train_tokenizer([], 261)
-  byte = lambda said: [5 + ord(c) - ord('!') for c in said]
-  ids, mask = text.dialogue_tokens(tokenizer, [user('abc'), assistant('de'), user('f')], 'xy')
-  assert ids == [3, *byte('abc'), 4, *byte('de'), 1, 3, *byte('f'), 4, *byte('xy'), 1]
-  assert [i for i, m in zip(ids, mask) if m] == [*byte('de'), 1, *byte('xy'), 1]
-
-
-@pytest.mark.parametrize('response, kept', [('', ''), ('so<|end|>and more', 'so'), ('<|end|>', '')])
-def test_a_response_ends_at_its_first_end_token(tokenizer, response, kept):
-  prompt = text.prompt_tokens(tokenizer, [user('hm')])
-  ids, _ = text.dialogue_tokens(tokenizer, [user('hm')], response)
-  assert ids[len(prompt):] == tokenizer(kept)['input_ids'] + [tokenizer.eos_token_id]
-
-
-def test_a_template_that_rewrites_history_is_refused(tokenizer, monkeypatch):
-  monkeypatch.setattr(tokenizer, 'chat_template', COUNTING)
-  with pytest.raises(DataError, match=r"renders the prompt 'where to' differently once a response follows.*only appends"):
-    text.dialogue_tokens(tokenizer, [user('where to')], 'there')
-
-
-def test_padding_falls_back_to_the_end_token(tokenizer):
-  assert text.pad_token(tokenizer) == 0
-  assert text.pad_token(_bare(tokenizer, eos_token='<|end|>')) == 1
 
 
 def test_a_model_must_hold_the_ids_of_the_tokenizer(tokenizer):
@@ -149,15 +82,17 @@ class TestLoad:
     loaded = text.load_tokenizer(tmp_path / 'a' / 'b')
     turns = [user('the cat?'), assistant('sat'), user('雨')]
     assert loaded.chat_template == text.TURN_TEMPLATE
-    assert text.dialogue_tokens(loaded, turns, 'on 42') == text.dialogue_tokens(tokenizer, turns, 'on 42')
+    talk = [(*turns, assistant('on 42'))]
+    assert open_chat(loaded).conversations(talk) == open_chat(tokenizer).conversations(talk)
 
   def test_without_a_template_it_writes_transcripts(self, tokenizer, tmp_path):
     text.save_tokenizer(_bare(tokenizer, eos_token='<|end|>'), tmp_path)
     loaded = text.load_tokenizer(tmp_path)
     turns = [Turn('system', 'be kind'), user('hi'), assistant('yo'), user('why')]
-    assert loaded.decode(text.prompt_tokens(loaded, turns)) == (
+    (prompt,), (row,) = (open_chat(loaded).prompts([turns]), open_chat(loaded).conversations([[*turns, assistant('so')]]))
+    assert loaded.decode(prompt) == (
       '\n\nSystem: be kind\n\nHuman: hi\n\nAssistant: yo<|end|>\n\nHuman: why\n\nAssistant:')
-    assert loaded.decode(text.dialogue_tokens(loaded, turns, 'so')[0]).endswith('\n\nAssistant: so<|end|>')
+    assert loaded.decode(row.ids).endswith('\n\nAssistant: so<|end|>')
 
   def test_without_an_end_token_no_response_could_end(self, tokenizer, tmp_path):
     text.save_tokenizer(_bare(tokenizer), tmp_path)
@@ -169,10 +104,57 @@ class TestLoad:
     with pytest.raises(DataError, match=r"no tokenizer at '.*'.* Pass a directory that holds tokenizer.json"):
       text.load_tokenizer(make(tmp_path))
 
+  def test_without_a_template_a_text_begins_as_the_tokenizer_has_it(self, tmp_path):
+    llama = copy.deepcopy(FAMILIES['Llama 2'].tokenizer())
+    llama.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      single='<s> $A', special_tokens=[('<s>', llama.convert_tokens_to_ids('<s>'))])
+    llama.chat_template = None
+    text.save_tokenizer(llama, tmp_path)
+    loaded = text.load_tokenizer(tmp_path)
+    assert loaded.chat_template == '{{ bos_token }}' + text.TRANSCRIPT_TEMPLATE
+    (row,) = open_chat(loaded).conversations([[user('hi'), assistant('yo')]])
+    assert loaded.convert_ids_to_tokens(row.ids)[0] == '<s>'
+    assert row.ids.count(loaded.bos_token_id) == 1
 
-def test_a_prompt_reads_as_its_turns_a_line_each(tmp_path):
-  tokenizer = text.train_tokenizer(['how are you', 'fine, thanks'], 300)
-  text.save_tokenizer(tokenizer, tmp_path)
-  turns = [Turn('user', 'how are you?'), Turn('assistant', 'fine'), Turn('user', 'and now?')]
-  for one in (tokenizer, text.load_tokenizer(tmp_path)):
-    assert text.prompt_text(one, text.prompt_tokens(one, turns)) == 'how are you?\nfine\nand now?'
+
+class TestBegin:
+  def test_it_is_written_where_the_tokenizer_writes_it(self, tokenizer):
+    assert text.with_begin('x', tokenizer) == 'x'                                 # it has none
+    llama = FAMILIES['Llama 3'].tokenizer()
+    assert text.with_begin('x', llama) == '{{ bos_token }}x'
+    assert text.with_begin('{{ bos_token }}x', llama) == '{{ bos_token }}x'       # once
+    assert text.with_begin('x', FAMILIES['Llama 2'].tokenizer()) == 'x'           # it has one, and does not write it
+
+
+class TestPlainJinja:
+  @pytest.mark.parametrize('name', FAMILIES)
+  def test_every_jinja_reads_it_and_renders_the_same(self, name):
+    family = FAMILIES[name]
+    tokenizer = copy.deepcopy(family.tokenizer())
+    settings = dict(messages=[{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b\n'}],
+                    **tokenizer.special_tokens_map)
+    expected = tokenizer.apply_chat_template(settings['messages'], tokenize=False)
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    assert environment.from_string(text.plain_jinja(tokenizer.chat_template)).render(**settings) == expected
+    assert text.plain_jinja(tokenizer.chat_template) == tokenizer.chat_template or family.marked
+
+  @pytest.mark.parametrize('template', [
+    'a  {%- generation -%}\n b {%- endgeneration %}\nc', 'a\n  {%generation%}\nb{%  endgeneration  -%}  c',
+    'a {%+ generation %} b {% endgeneration +%}\n c'])
+  def test_it_keeps_the_white_space(self, tokenizer, template):
+    marked = copy.deepcopy(tokenizer)
+    marked.chat_template = template
+    expected = marked.apply_chat_template([{'role': 'user', 'content': 'a'}], tokenize=False)
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    assert environment.from_string(text.plain_jinja(template)).render() == expected
+
+
+def test_an_exported_tokenizer_has_the_template_without_marks(tokenizer, tmp_path):
+  text.export_tokenizer(tokenizer, tmp_path)
+  exported = text.load_tokenizer(tmp_path)
+  assert tokenizer.chat_template == text.TURN_TEMPLATE                            # this one keeps them
+  assert 'generation %}' not in exported.chat_template
+  jinja2.Environment().parse(exported.chat_template)
+  talk = [(user('the cat?'), assistant('sat'), user('雨'), assistant('on 42'))]
+  (row,), (original,) = open_chat(exported).conversations(talk), open_chat(tokenizer).conversations(talk)
+  assert row == original
