@@ -57,7 +57,7 @@ def tokenizer_of(template, kind, special, bos, added):
 def _vocabulary(kind):
   """A trained tokenizer of a kind, as JSON, without special tokens."""
   if kind.startswith('bytes'):
-    inner = tokenizers.Tokenizer(models.BPE())
+    inner = tokenizers.Tokenizer(models.BPE(ignore_merges=kind == 'bytes trimmed'))
     inner.decoder = decoders.ByteLevel()
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if kind != 'bytes':
@@ -80,16 +80,17 @@ def _vocabulary(kind):
 
 
 def _with_bytes(inner):
-  """The JSON of a BPE or Unigram with `<unk>`, 256 bytes and then the pieces that it learned."""
+  """The JSON of a BPE or Unigram with special tokens, 256 bytes, then the pieces that it learned."""
   settings = json.loads(inner.to_str())
-  model, first = settings['model'], ['<unk>', *(f'<0x{byte:02X}>' for byte in range(256))]
+  model, control = settings['model'], ['<unk>', '<s>', '</s>']
+  first = [*control, *(f'<0x{byte:02X}>' for byte in range(256))]
   if model['type'] == 'Unigram':
-    pieces = [piece for piece in model['vocab'] if piece[0] != '<unk>']
+    pieces = [piece for piece in model['vocab'] if piece[0] not in control]
     lowest = min(score for _, score in pieces)
     model['vocab'] = [[name, lowest - 10] for name in first] + pieces
     model['unk_id'] = 0
   else:
-    pieces = sorted((name for name in model['vocab'] if name != '<unk>'), key=model['vocab'].get)
+    pieces = sorted((name for name in model['vocab'] if name not in control), key=model['vocab'].get)
     model['vocab'] = {name: number for number, name in enumerate([*first, *pieces])}
     model |= {'unk_token': '<unk>', 'fuse_unk': True}
   model['byte_fallback'] = True
@@ -109,9 +110,8 @@ def _llama():
       decoders.Strip(' ', 1, 0),
     ]
   )
-  inner.pre_tokenizer = pre_tokenizers.Split(
-    tokenizers.Regex('(?<=[^▁\n])(?=[▁\n])'), 'isolated'
-  )  # to learn words
+  words = tokenizers.Regex('(?<=[^▁\n])(?=[▁\n])')
+  inner.pre_tokenizer = pre_tokenizers.Split(words, 'isolated')  # to learn words, then taken out
   inner.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=200, show_progress=False))
   settings = json.loads(_with_bytes(inner))
   return json.dumps(settings | {'pre_tokenizer': None})
@@ -153,8 +153,5 @@ def _gemma():
 
 
 _SENTENCE_PIECES = {'llama': _llama, 'first': _first, 'always': _always, 'gemma': _gemma}
-ADDS_SPACES = (
-  'llama',
-  'first',
-  'always',
-)  # kinds whose decoded text may have other spaces beside special tokens
+# Kinds whose decoded text may have other spaces beside special tokens.
+ADDS_SPACES = ('llama', 'first', 'always')
