@@ -36,7 +36,7 @@ _ANY_MARK = re.compile(r'\{%[-+]?\s*(end)?generation\s*[-+]?%\}')
 _NOW = re.compile(r'strftime_now\(\s*(?P<quote>[\'"])(?P<format>(?:(?!(?P=quote)).)*)(?P=quote)\s*\)')
 # A template is somebody else's program: what it raises says that it refuses a conversation.
 _REFUSALS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-_MOST_KEPT = 4096  # rendered prompts
+_MOST_KEPT = 2 ** 14  # rendered prompts
 _SYSTEM, _PROBE = Turn('system', 'Yak'), (Turn('user', 'Xylophone'), Turn('assistant', 'Zebra'))
 
 
@@ -184,8 +184,6 @@ class Chat:
       after, closed = self._up_to_end(self._render(said)[0], len(before))
     except DataError:
       return None
-    if not closed and not whole.startswith(after):
-      after = after.rstrip()
     if not after.startswith(before) or not whole.startswith(after):
       return None
     closing = None if closed else self._ends.match(whole, len(after))  # of templates that close a turn once others follow
@@ -206,15 +204,16 @@ class Chat:
 
   def _invited(self, turns):
     """The text of a prompt."""
-    self._render_prompts([turns])
+    if turns not in self._prompts_kept:
+      self._render_prompts([turns])
     return _or_raise(self._prompts_kept[turns])[0]
 
   def _render_prompts(self, asked):
     """Renders those that are not kept. All responses of an example have the same prompt."""
     kept = self._prompts_kept
-    new = list(dict.fromkeys(turns for turns in asked if turns not in kept))
-    if len(kept) + len(new) > _MOST_KEPT:
+    if len(kept) > _MOST_KEPT:
       kept.clear()
+    new = list(dict.fromkeys(turns for turns in asked if turns not in kept))
     kept.update(zip(new, self._render_all(new, invite=True)))
 
   @functools.cached_property

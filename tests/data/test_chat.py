@@ -421,13 +421,36 @@ def test_a_turn_that_is_closed_only_once_others_follow_has_its_end():
   )
 
 
-def test_where_more_than_one_token_would_change_the_row_is_refused():
-  """A tokenizer with a token for the prompt's end and the answer together."""
+@pytest.mark.parametrize(
+  'joined, refused', [('\nyes', False), (':\nyes', True), ('se:\nyes', True), ('Response:\nyes', True)]
+)
+def test_where_more_than_one_token_would_change_the_row_is_refused(joined, refused):
+  """A tokenizer has a token for the prompt's end and the answer together.
+
+  Of the prompt's tokens ':\\nyes' takes two; 'se:\\nyes' takes one, but also splits another.
+  """
   tokenizer = copy.deepcopy(FAMILIES['Alpaca'].tokenizer())
-  tokenizer.add_tokens(['Response:\nyes'])
+  tokenizer.add_tokens([joined])
   chat = open_chat(tokenizer)
   assert one(chat.conversations([[user('a'), assistant('no')]])).ids
-  with pytest.raises(
-    DataError, match=r"joins the prompt and the response 'yes': no token ends where the prompt does"
-  ):
-    one(chat.conversations([[user('a'), assistant('yes')]]))
+  if refused:
+    message = "joins the prompt and the response 'yes': no token ends where the prompt does"
+    with pytest.raises(DataError, match=message):
+      one(chat.conversations([[user('a'), assistant('yes')]]))
+  else:
+    row = one(chat.conversations([[user('a'), assistant('yes')]]))
+    (prompt,) = chat.prompts([[user('a')]])
+    assert row.start == len(prompt) - 1
+    assert chat.shown(row.ids, row.mask).endswith('### Response:[[\nyes<|endoftext|>]]')
+
+
+def test_what_is_kept_is_bounded(tokenizer, monkeypatch):
+  talks = [(user(f'{said} {i}'), assistant('so')) for i, said in enumerate(WORDS * 3)]
+  expected = open_chat(tokenizer).conversations(talks)
+  monkeypatch.setattr('rlhf_jax.data.chat._MOST_KEPT', 4)
+  monkeypatch.setattr('rlhf_jax.data.pieces._MOST_KEPT', 4)
+  chat = open_chat(tokenizer)
+  assert [one(chat.conversations([talk])) for talk in talks] == expected
+  assert chat.conversations(talks) == expected
+  assert [one(chat.conversations([talk])) for talk in talks] == expected
+  assert len(chat._prompts_kept) <= 5
