@@ -295,6 +295,15 @@ class TestEnds:
     assert chat.tokenizer.decode(row.ids).endswith('assistant\nb<|im_end|>')
 
 
+  def test_of_a_template_that_wants_a_system_turn(self):
+    family = FAMILIES['Qwen3']
+    wants = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    chat = open_chat(dataclasses.replace(family, template=wants + family.template).tokenizer())
+    assert chat.tokenizer.convert_ids_to_tokens(chat.end_tokens) == ['<|im_end|>']
+    row = one(chat.conversations([[Turn('system', 's'), user('a'), assistant(' b')]]))
+    assert chat.answer_text(row.ids[row.start :]) == ' b'
+
+
 class TestAnswerText:
   @pytest.mark.parametrize('name', FAMILIES)
   def test_without_the_end_and_cut(self, name):
