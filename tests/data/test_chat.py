@@ -210,6 +210,17 @@ def test_an_end_token_that_is_not_special_is_text_too_when_somebody_writes_it():
   )
 
 
+def test_an_added_token_of_white_space_is_no_control_string():
+  """Gemma has tokens of line breaks; its template writes them too."""
+  tokenizer = copy.deepcopy(FAMILIES['ChatML'].tokenizer())
+  tokenizer.add_tokens(['\n'])
+  talk = (user('a\nb'), assistant('c\nd'))
+  messages = [{'role': turn.role, 'content': turn.text} for turn in talk]
+  row = one(open_chat(tokenizer).conversations([talk]))
+  assert row.ids == tokenizer.apply_chat_template(messages)['input_ids'][:-1]
+  assert row.ids.count(tokenizer.convert_tokens_to_ids('\n')) == 5
+
+
 @pytest.mark.parametrize('said', ['hello', 'hello \n\n', '\n', '  '])
 def test_white_space_at_the_end_of_an_answer_is_trained(said):
   """Tokenizers of GPT-2's kind say that a token stands where its white space ends."""
