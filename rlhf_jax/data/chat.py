@@ -105,9 +105,6 @@ class Chat:
 
   def answer_text(self, ids: Sequence[int]) -> str:
     """What an answer says: without end and other special tokens, and without what the template writes around it."""
-    ids = [int(i) for i in ids]
-    if ids and ids[-1] in self.end_tokens:
-      ids = ids[:-1]
     before, behind = self._around
     return self._decoded(ids).removeprefix(before).removesuffix(behind)
 
@@ -296,8 +293,10 @@ class Chat:
     return tokens
 
   def _decoded(self, ids):
-    """The text of tokens that stand within a text; of the first of all the space may be lost."""
-    ids = [*self._letter, *ids]
+    """The text of an answer, decoded behind a letter: of the first token the space may be lost."""
+    ids = [*self._letter, *map(int, ids)]
+    if ids[-1] in self.end_tokens:
+      ids = ids[:-1]
     decode = self.tokenizer.decode
     text = decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.removeprefix(decode(self._letter, clean_up_tokenization_spaces=False))

@@ -4,10 +4,12 @@ import copy
 import dataclasses
 import datetime
 import itertools
+import json
 import random
 import types
 
 import pytest
+import tokenizers
 import transformers
 
 from rlhf_jax.data import text
@@ -202,12 +204,33 @@ def test_an_end_token_that_is_not_special_is_text_too_when_somebody_writes_it():
   tokenizer.chat_template = tokenizer.chat_template.replace('<|im_end|>', '<end>')
   chat = open_chat(tokenizer)
   assert tokenizer.convert_ids_to_tokens(chat.end_tokens) == ['<end>']
-  row = one(chat.conversations([[user('a <end>'), assistant('b <end> c')]]))
+  row = one(chat.conversations([[user('a <end>'), assistant('b <end>')]]))
   assert row.ids.count(chat.end_tokens[0]) == 2
+  assert chat.answer_text(row.ids[row.start :]) == 'b <end>'
   assert (
     tokenizer.decode(row.ids)
-    == '<|im_start|>user\na <end><end>\n<|im_start|>assistant\nb <end> c<end>'
+    == '<|im_start|>user\na <end><end>\n<|im_start|>assistant\nb <end><end>'
   )
+
+
+def test_an_unknown_character_stays_unknown_beside_a_control_string():
+  """In a tokenizer without bytes, which knows no '<', '>' or '/' either."""
+  tokenizer = copy.deepcopy(FAMILIES['Llama 2'].tokenizer())
+  settings = json.loads(tokenizer.backend_tokenizer.to_str())
+  settings['model']['byte_fallback'] = False
+  inner = tokenizers.Tokenizer.from_str(json.dumps(settings))
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=inner,
+    eos_token='</s>',
+    bos_token='<s>',
+    unk_token='<unk>',
+    chat_template=tokenizer.chat_template,
+  )
+  chat = open_chat(tokenizer)
+  for said, unknown in (('a 雨 b', 1), ('a 雨 </s> <unk> b', 5)):
+    row = one(chat.conversations([[user('a'), assistant(said)]]))
+    assert row.ids[row.start :].count(tokenizer.unk_token_id) == unknown
+    assert row.ids.count(tokenizer.eos_token_id) == 1
 
 
 def test_an_added_token_of_white_space_is_no_control_string():
