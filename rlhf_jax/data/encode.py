@@ -242,11 +242,8 @@ class _Batch:
   def row(self, number, prompt, conversation):
     """The Row of a conversation whose prompt is cut to the ids `prompt`; None where its response is too long."""
     start, length = conversation.start, len(conversation.ids)
-    if length - start > self.limits.response_tokens:
-      if self.limits.too_long == 'skip':
-        self._leave_out(number)
-        return None
-      self._truncate(number)
+    if self._is_too_long(number, length - start):
+      return None
     stop = min(length, start + self.limits.response_tokens)
     ids, mask = conversation.ids, conversation.mask
     if start <= self.limits.prompt_tokens:
@@ -277,7 +274,9 @@ class _Batch:
       yield alone[i][0], self.row(alone[i][0], asked[i][1], conversation)
 
   def answered(self, number, prompt, answer):
-    """The Row of an answer that a policy gave to that prompt, as the ids that were sampled."""
+    """The Row of an answer that a policy gave to that prompt, as sampled; None if it is too long."""
+    if self._is_too_long(number, len(answer.ids)):
+      return None
     ids = list(answer.ids[:self.limits.response_tokens])
     return Row([*prompt, *ids], [False] * len(prompt) + [True] * len(ids), number)
 
@@ -288,6 +287,16 @@ class _Batch:
     self.counts.refused += number not in self.left_out
     self.left_out.add(number)
     self.counts.first_refusal = self.counts.first_refusal or message
+
+  def _is_too_long(self, number, response_tokens):
+    """Whether an example is left out for a response of that length; counts it, also if it is cut."""
+    if response_tokens <= self.limits.response_tokens:
+      return False
+    if self.limits.too_long == 'skip':
+      self._leave_out(number)
+      return True
+    self._truncate(number)
+    return False
 
   def _truncate(self, number):
     self.counts.truncated += number not in self.cut

@@ -263,6 +263,14 @@ class TestSampledAnswers:
     assert [row.ids for row in ranked.rows] == [[*prompt.ids, 100, 101, 1], [*prompt.ids, 102, 1]]
     assert counts == Counts(1, truncated=1)
 
+  def test_one_that_is_longer_than_the_limit_is_treated_as_other_responses_are(self, chat):
+    examples = [example('q', Answer('', [100, 101, 102, 1]), 'x'), example('q', 'x', 'y')]
+    ranked, counts = encode.comparisons(examples, chat, Limits(5, 3))
+    assert ([each.example for each in ranked], counts) == ([1], Counts(2, too_long=1))
+    ranked, counts = encode.comparisons(examples, chat, Limits(5, 3, 'truncate'))
+    assert ranked[0].rows[0].ids[-3:] == [100, 101, 102]
+    assert counts == Counts(2, truncated=1)
+
   def test_beside_a_response_that_people_wrote(self, chat):
     (ranked,), _ = encode.comparisons([example('q', 'xy', Answer('', [100, 1]))], chat, Limits())
     assert decoded(chat, ranked.rows[0])[1] == 'xy<|end|>'
