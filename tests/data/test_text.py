@@ -149,9 +149,11 @@ class TestPlainJinja:
     assert environment.from_string(text.plain_jinja(template)).render() == expected
 
 
-def test_an_exported_tokenizer_has_the_template_without_marks(tokenizer, tmp_path):
-  text.export_tokenizer(tokenizer, tmp_path)
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_an_exported_tokenizer_has_the_template_without_marks(tokenizer, tmp_path, side):
+  text.export_tokenizer(tokenizer, tmp_path, side)
   exported = text.load_tokenizer(tmp_path)
+  assert exported.padding_side == side and tokenizer.padding_side == 'left'
   assert tokenizer.chat_template == text.TURN_TEMPLATE                            # this one keeps them
   assert 'generation %}' not in exported.chat_template
   jinja2.Environment().parse(exported.chat_template)
