@@ -79,6 +79,7 @@ class Chat:
   end_tokens: tuple[int, ...]  # at which an answer ends; the first is written where the template writes none
   pad_token: int
   behind: str = ''  # what the template writes behind every answer where it writes no end token
+  invitation: str = ''  # to answer, where the template writes none when it is asked for one
 
   def prompts(self, asked: Iterable[Sequence[Turn]]) -> list[list[int] | DataError]:
     """Ids of each prompt, with the template's invitation to answer; DataError in place of what it refuses."""
@@ -203,7 +204,7 @@ class Chat:
     """The text of a prompt."""
     if turns not in self._prompts_kept:
       self._render_prompts([turns])
-    return _or_raise(self._prompts_kept[turns])[0]
+    return _or_raise(self._prompts_kept[turns])[0] + self.invitation
 
   def _render_prompts(self, asked):
     """Renders those that are not kept. All responses of an example have the same prompt."""
@@ -399,9 +400,11 @@ def open_chat(tokenizer: Any, *, generation_ends: Sequence[int] = (), pad_token:
   named = tuple(i for i in generation_ends if i in added)
   chat = Chat(tokenizer, template, (eos,), eos if pad_token is None else pad_token)
   behind, closing = _behind_an_answer(chat, {tokenizer.convert_ids_to_tokens(i) for i in (*named, eos)})
+  invitation = _missing_invitation(chat)
   ends = [] if closing is None else [tokenizer.convert_tokens_to_ids(closing)]
   ends += [eos] if closing is None and (eos in named or not named) else []
-  return dataclasses.replace(chat, end_tokens=tuple(dict.fromkeys([*ends, *named])), behind=behind)
+  return dataclasses.replace(chat, end_tokens=tuple(dict.fromkeys([*ends, *named])), behind=behind,
+                             invitation=invitation)
 
 
 def dated(template: str, now: datetime.datetime) -> str:
@@ -446,6 +449,24 @@ def _behind_an_answer(chat, ends):
     closing = chat._control.search(between)                                      # of turns that others follow alone
     return behind, closing[0] if closing and closing[0] in ends else None
   return '', None
+
+
+def _missing_invitation(chat):
+  """What stands before every answer, of a template that writes the same prompt with an invitation to answer and without.
+
+  Else the policy would have to write the header of its own turn. The space before an answer's first word is no part of it.
+  """
+  for system in ((), (_SYSTEM,)):
+    try:
+      prompt, invited = (chat._render((*system, _PROBE[0]), invite)[0] for invite in (False, True))
+      whole, marked = chat._render((*system, *_PROBE))
+    except DataError:
+      continue
+    if prompt == invited and whole.startswith(prompt):
+      starts = [first for first, _ in marked if first >= len(prompt)] or [whole.rindex(_PROBE[1].text)]
+      return whole[len(prompt):starts[0]].rstrip(' ')
+    return ''
+  return ''
 
 
 def _or_raise(made):

@@ -497,3 +497,31 @@ def test_what_is_kept_is_bounded(tokenizer, monkeypatch):
   assert chat.conversations(talks) == expected
   assert [one(chat.conversations([talk])) for talk in talks] == expected
   assert len(chat._prompts_kept) <= 5
+
+
+UNINVITED = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+UNINVITED_MARKED = (
+  "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+  "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+  "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}")
+UNINVITED_PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize('template, asked, answered', [
+  (UNINVITED, '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n', 'yo<|im_end|>'),
+  (UNINVITED_MARKED, '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n', 'yo<|im_end|>'),
+  (UNINVITED_PLAIN, 'user: hi<|im_end|>assistant:', ' yo<|im_end|>'),
+  (UNINVITED_PLAIN.replace(": '", ":'"), 'user:hi<|im_end|>assistant:', 'yo<|im_end|>'),
+])
+def test_a_template_that_invites_nobody_gets_the_header_of_the_answer(template, asked, answered):
+  """It ignores add_generation_prompt, so a policy would have to write the header of its own turn."""
+  tokenizer = text.train_tokenizer([], 262)
+  tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_start|>', '<|im_end|>']})
+  tokenizer.eos_token, tokenizer.chat_template = '<|im_end|>', template
+  chat = open_chat(tokenizer)
+  turns = [user('hi'), assistant('yo'), user('hi'), assistant('yo')]
+  (prompt,), (row,) = chat.prompts([turns[:1]]), chat.conversations([turns])
+  assert tokenizer.decode(prompt) == asked
+  assert tokenizer.decode([i for i, mine in zip(row.ids, row.mask) if mine]) == 2 * answered
+  assert tokenizer.decode(row.ids[row.start:]) == answered and not row.apart
+  assert chat.answer_text(row.ids[row.start:]) == 'yo'
