@@ -1,4 +1,4 @@
-"""SFT and the reward model a second time, to compare the stages with: PyTorch in float64, one sequence after another."""
+"""SFT and the reward model a second time, in PyTorch and float64, to compare the stages with."""
 
 import dataclasses
 import itertools
@@ -9,22 +9,32 @@ from plain_model import Adam, logprobs, rate, scores, stream
 
 
 def descend(config, start, batches, loss_of):
-  """(last parameters, [metrics of every update]) of an SFTConfig or RewardConfig, where `loss_of(params, batch)` falls."""
+  """(last parameters, [metrics of every update]) of an SFTConfig or RewardConfig.
+
+  `loss_of(params, batch)` gives what is descended, and metrics.
+  """
   warmup = min(config.optimizer.warmup_steps, config.steps // 2)
   optimizer = dataclasses.replace(config.optimizer, warmup_steps=warmup)
   params, adam, rows = start, Adam(optimizer), []
-  for step, batch in enumerate(batches[:config.steps]):
+  for step, batch in enumerate(batches[: config.steps]):
     loss, metrics = loss_of(params, batch)
-    params, norm = adam.update(params, loss, rate(optimizer, step, optimizer.total_steps or config.steps))
+    params, norm = adam.update(
+      params, loss, rate(optimizer, step, optimizer.total_steps or config.steps)
+    )
     rows.append(metrics | {'loss': loss.item(), 'gradient_norm': norm})
   return params, rows
 
 
 def cross_entropy(params, texts):
-  """Mean surprise at the marked tokens of texts, (ids, mask) each, that are read one by one."""
+  """Mean surprise at the marked tokens of texts, (ids, mask) each, and no metrics."""
   tokens, valid = padded([ids for ids, _ in texts])
   every = logprobs(params, stream(params, tokens, valid))
-  surprise = [-every[b, t - 1, ids[t]] for b, (ids, mask) in enumerate(texts) for t in range(1, len(ids)) if mask[t]]
+  surprise = [
+    -every[b, t - 1, ids[t]]
+    for b, (ids, mask) in enumerate(texts)
+    for t in range(1, len(ids))
+    if mask[t]
+  ]
   return sum(surprise) / len(surprise), {}
 
 
@@ -37,7 +47,10 @@ def padded(texts):
 
 
 def bradley_terry(params, prompts, centring_weight):
-  """Mean over prompts, (texts, ranks) each, of the mean surprise at the pairs, and of the squared mean score of a pair."""
+  """Mean over prompts, (texts, ranks) each, of the mean surprise at their pairs, with its metrics.
+
+  `centring_weight` is of the square of twice the mean score of a prompt's texts.
+  """
   total, every, right, pairs = 0.0, [], 0, 0
   score_of_all = scores(params, *padded([ids for texts, _ in prompts for ids in texts]))
   for score, (_, ranks) in zip(score_of_all.split([len(texts) for texts, _ in prompts]), prompts):
@@ -50,12 +63,15 @@ def bradley_terry(params, prompts, centring_weight):
 
 
 def order(lengths, batch_size, longest, seed, epoch, buckets=4):
-  """The batches of an epoch, as numbers of rows: shuffled, the short ones together, then the batches shuffled.
+  """The batches of an epoch, as numbers of rows: shuffled, by length, then the batches shuffled.
 
-  A bucket takes rows up to a length. What does not fill a batch goes to the next bucket, and waits after the last.
+  A bucket takes rows up to a length. What does not fill a batch goes to the next bucket.
   """
   chance, batches, waiting = np.random.default_rng((seed, epoch)), [], []
-  shuffled, edges = chance.permutation(len(lengths)), [-(-longest * i // buckets) for i in range(buckets + 1)]
+  shuffled, edges = (
+    chance.permutation(len(lengths)),
+    [-(-longest * i // buckets) for i in range(buckets + 1)],
+  )
   for low, high in itertools.pairwise(edges):
     for row in shuffled:
       if low < lengths[row] <= high:
@@ -86,5 +102,5 @@ def segments(batch):
 
 
 def trained_but_bias(params):
-  """The same parameters, to be differentiated, all but the bias of a reward model, on which no ranking depends."""
+  """The same parameters, to be differentiated; not the bias, on which no ranking depends."""
   return {path: x.clone().requires_grad_(path != 'scalar/bias') for path, x in params.items()}

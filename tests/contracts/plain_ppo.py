@@ -1,7 +1,7 @@
-"""PPO a second time, to compare the stage with: PyTorch in float64, loops over responses and tokens, no switch hidden.
+"""PPO a second time, in PyTorch and float64, in loops over responses, to compare the stage with.
 
-It reads the same settings and starts from the same parameters and answers as the stage. Formulae: docs of the settings, and
-Huang et al. 2024 (2403.17031). Chance is only the order of the minibatches, from the documented key.
+It reads the same settings and starts from the same parameters and answers as the stage. Chance is
+only the order of the minibatches, from the documented key. Formulae: Huang et al. 2024, 2403.17031.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ from plain_model import Adam, logprobs, of, rate, scalars, scores, stream
 
 @dataclasses.dataclass
 class Lesson:
-  """What is learned from one answer: numbers for every slot of the response, of which `count` were said."""
-  count: int
+  """What is learned from one answer: numbers for every slot of the response."""
+
+  count: int  # tokens that were said
   slots: int  # with a value: one more where the score comes after the end
   old_logprob: list
   old_value: list
@@ -28,17 +29,25 @@ class Lesson:
 def train(config, seed, start, frozen, answers, extra_scores):
   """[(parameters, metrics)] of the iterations of a PPOConfig.
 
-  `start` is what is trained, flat, under 'policy/' and 'value/'; `frozen` the flat parameters of 'reference' and 'reward';
-  `answers` the rollout of each iteration; `extra_scores` what Python functions add to the score of each answer.
+  `start` is what is trained, under 'policy/' and 'value/'; `frozen` has the parameters of
+  'reference' and 'reward'; `answers` the rollout of each iteration; `extra_scores` what Python
+  functions add to the score of each answer.
   """
-  params, adam, kl_weight, rows = plain_model.trained(start), Adam(config.optimizer), config.kl_weight, []
+  params, adam, kl_weight, rows = (
+    plain_model.trained(start),
+    Adam(config.optimizer),
+    config.kl_weight,
+    [],
+  )
   for iteration, (rollout, extra) in enumerate(zip(answers, extra_scores)):
     lessons, metrics = look_back(config, params, frozen, rollout, extra, kl_weight)
     metrics['kl_weight'] = kl_weight
     kl = metrics['kl_nats_per_sequence']
     stops = config.kl_stop_nats_per_sequence is not None and kl > config.kl_stop_nats_per_sequence
     if not stops:
-      learning_rate = rate(config.optimizer, iteration, config.optimizer.total_steps or config.iterations)
+      learning_rate = rate(
+        config.optimizer, iteration, config.optimizer.total_steps or config.iterations
+      )
       key = jax.random.split(jax.random.fold_in(jax.random.key(seed), iteration))[1]
       params, learned = learn(config, params, adam, learning_rate, rollout, lessons, key)
       metrics |= learned
@@ -52,34 +61,50 @@ def train(config, seed, start, frozen, answers, extra_scores):
 
 
 def policy_and_value(params, rollout, temperature):
-  """Of every token of the responses, at a temperature: (logprob, entropy, value of the text before), and of the whole."""
+  """Of every token of the responses: (logprob, entropy, value of the text before), [B, R] each.
+
+  The fourth is the value of the whole text, [B].
+  """
   tokens, valid = np.asarray(rollout.tokens_BT), np.asarray(rollout.valid_BT)
   P = tokens.shape[1] - rollout.mask_BR.shape[1]
   hidden = stream(of(params, 'policy'), tokens, valid)
-  every = logprobs(of(params, 'policy'), hidden[:, P - 1:-1], temperature)
+  every = logprobs(of(params, 'policy'), hidden[:, P - 1 : -1], temperature)
   said = torch.as_tensor(tokens[:, P:].astype(np.int64))
   if 'value/backbone/embedding_VD' in params:
     hidden = stream(of(params, 'value'), tokens, valid)
-  value = scalars(of(params, 'value'), hidden[:, P - 1:])
-  return every.gather(2, said[:, :, None])[:, :, 0], -(every.exp() * every).sum(-1), value[:, :-1], value[:, -1]
+  value = scalars(of(params, 'value'), hidden[:, P - 1 :])
+  return (
+    every.gather(2, said[:, :, None])[:, :, 0],
+    -(every.exp() * every).sum(-1),
+    value[:, :-1],
+    value[:, -1],
+  )
 
 
 @torch.no_grad()
 def look_back(config, params, frozen, rollout, extra, kl_weight):
   """(a Lesson for each answer, metrics)."""
   c, (B, R) = config.experience, rollout.mask_BR.shape
-  logprob, entropy, value, after = (x.numpy() for x in policy_and_value(params, rollout, config.temperature))
+  logprob, entropy, value, after = (
+    x.numpy() for x in policy_and_value(params, rollout, config.temperature)
+  )
   reference = {f'policy/{path}': x for path, x in frozen['reference'].items()}
   reference |= {path: x for path, x in params.items() if path.startswith('value/')}
   reference_logprob = policy_and_value(reference, rollout, config.temperature)[0].numpy()
   score = np.array(extra, np.float64)
   if 'reward' in frozen:
-    score = score + config.reward_model_weight * scores(frozen['reward'], rollout.tokens_BT, rollout.valid_BT).numpy()
+    score = (
+      score
+      + config.reward_model_weight
+      * scores(frozen['reward'], rollout.tokens_BT, rollout.valid_BT).numpy()
+    )
 
   lessons, rewards, kl, entropies = [], [], [], []
   for b in range(B):
     count, ended = int(rollout.mask_BR[b].sum()), bool(rollout.ended_B[b])
-    learned_score = score[b] if c.score_limit is None else min(max(score[b], -c.score_limit), c.score_limit)
+    learned_score = (
+      score[b] if c.score_limit is None else min(max(score[b], -c.score_limit), c.score_limit)
+    )
     if not ended and c.missing_end == 'replace':
       learned_score = -c.missing_end_score
     if not ended and c.missing_end == 'subtract':
@@ -108,18 +133,28 @@ def look_back(config, params, frozen, rollout, extra, kl_weight):
       later_value = lesson.old_value[t]
       lesson.advantage.insert(0, later_advantage)
       lesson.returns.insert(0, later_advantage + lesson.old_value[t])
-  advantages = [lesson.advantage[:lesson.count] for lesson in lessons]
+  advantages = [lesson.advantage[: lesson.count] for lesson in lessons]
   if c.whiten_advantages:
     advantages = whitened(advantages, c.bessel)
   for lesson, advantage in zip(lessons, advantages):
     lesson.advantage = advantage
 
-  values, returns = (np.concatenate([getattr(x, name)[:x.slots] for x in lessons]) for name in ('old_value', 'returns'))
+  values, returns = (
+    np.concatenate([getattr(x, name)[: x.slots] for x in lessons])
+    for name in ('old_value', 'returns')
+  )
   return lessons, {
-    'score': score.mean(), 'score_std': score.std(), 'reward': sum(map(sum, rewards)) / B,
-    'kl_nats_per_sequence': sum(kl) / B, 'ended': np.mean(rollout.ended_B), 'entropy': np.mean(entropies),
-    'response_length': np.mean([lesson.count for lesson in lessons]), 'value': values.mean(), 'return': returns.mean(),
-    'explained_variance': 1 - (returns - values).var() / returns.var()}
+    'score': score.mean(),
+    'score_std': score.std(),
+    'reward': sum(map(sum, rewards)) / B,
+    'kl_nats_per_sequence': sum(kl) / B,
+    'ended': np.mean(rollout.ended_B),
+    'entropy': np.mean(entropies),
+    'response_length': np.mean([lesson.count for lesson in lessons]),
+    'value': values.mean(),
+    'return': returns.mean(),
+    'explained_variance': 1 - (returns - values).var() / returns.var(),
+  }
 
 
 def whitened(rows, bessel, keep_mean=False):
@@ -143,16 +178,32 @@ def learn(config, params, adam, learning_rate, rollout, lessons, key):
 
 
 def loss_of(config, params, rollout, lessons, rows):
-  """(the loss to be differentiated, metrics) of a minibatch: a loop over its answers and their slots."""
+  """(the loss to be differentiated, metrics) of a minibatch: a loop over its answers."""
   c, chosen = config.loss, [lessons[b] for b in rows]
-  part = type('Part', (), {name: np.asarray(getattr(rollout, name))[rows] for name in ('tokens_BT', 'valid_BT', 'mask_BR')})
+  part = type(
+    'Part',
+    (),
+    {
+      name: np.asarray(getattr(rollout, name))[rows]
+      for name in ('tokens_BT', 'valid_BT', 'mask_BR')
+    },
+  )
   logprob, entropy, value, _ = policy_and_value(params, part, config.temperature)
-  sums = dict.fromkeys(('policy_loss', 'value_loss', 'entropy', 'ratio', 'kl_k2'), torch.zeros((), dtype=torch.float64))
+  sums = dict.fromkeys(
+    ('policy_loss', 'value_loss', 'entropy', 'ratio', 'kl_k2'), torch.zeros((), dtype=torch.float64)
+  )
   clipped = value_clipped = 0
   for b, lesson in enumerate(chosen):
     count, slots = lesson.count, lesson.slots
-    old, advantage, old_value, returns = (torch.tensor(x, dtype=torch.float64) for x in (
-      lesson.old_logprob[:count], lesson.advantage, lesson.old_value[:slots], lesson.returns))
+    old, advantage, old_value, returns = (
+      torch.tensor(x, dtype=torch.float64)
+      for x in (
+        lesson.old_logprob[:count],
+        lesson.advantage,
+        lesson.old_value[:slots],
+        lesson.returns,
+      )
+    )
     moved = logprob[b, :count] - old
     limit = math.inf if c.log_ratio_limit is None else c.log_ratio_limit
     ratio = moved.clamp(-limit, limit).exp()
@@ -162,32 +213,49 @@ def loss_of(config, params, rollout, lessons, rows):
       worst = torch.where(advantage < 0, torch.minimum(worst, -advantage * c.dual_clip), worst)
     error = (value[b, :slots] - returns) ** 2
     if c.value_clip is not None:
-      near = torch.minimum(torch.maximum(value[b, :slots], old_value - c.value_clip), old_value + c.value_clip)
+      near = torch.minimum(
+        torch.maximum(value[b, :slots], old_value - c.value_clip), old_value + c.value_clip
+      )
       value_clipped += int(((near - returns) ** 2 > error).sum())
       error = torch.maximum(error, (near - returns) ** 2)
     clipped += int((held > free).sum())
-    for name, x in (('policy_loss', worst), ('value_loss', error / 2), ('entropy', entropy[b, :count]), ('ratio', ratio),
-                    ('kl_k2', moved ** 2 / 2)):
+    for name, x in (
+      ('policy_loss', worst),
+      ('value_loss', error / 2),
+      ('entropy', entropy[b, :count]),
+      ('ratio', ratio),
+      ('kl_k2', moved**2 / 2),
+    ):
       sums[name] = sums[name] + x.sum()
   said = sum(lesson.count for lesson in chosen)
   mean = {name: x / said for name, x in sums.items()}
-  loss = mean['policy_loss'] + c.value_weight * mean['value_loss'] - c.entropy_weight * mean['entropy']
+  loss = (
+    mean['policy_loss'] + c.value_weight * mean['value_loss'] - c.entropy_weight * mean['entropy']
+  )
   metrics = {name: mean[name].item() for name in ('policy_loss', 'value_loss', 'ratio', 'kl_k2')}
-  return loss, metrics | {'loss': loss.item(), 'clip_fraction': clipped / said,
-                          'value_clip_fraction': value_clipped / sum(lesson.slots for lesson in chosen)}
+  return loss, metrics | {
+    'loss': loss.item(),
+    'clip_fraction': clipped / said,
+    'value_clip_fraction': value_clipped / sum(lesson.slots for lesson in chosen),
+  }
 
 
 def odd_tokens(policy, rollout, key, temperature, ends):
-  """How many tokens of a rollout are not what its policy, flat, draws at a temperature, and answers that end amiss.
+  """How many tokens of a rollout its policy does not draw at a temperature, and wrong ends.
 
-  The uniform of a sample and a place in its response is that of fold_in(fold_in(key, sample), place); the token is the
-  first at which the cumulative probability exceeds it. An answer ends with its first end token, or is full.
+  The uniform of a sample and a place in its response is that of fold_in(fold_in(key, sample),
+  place); the token is the first at which the cumulative probability exceeds it. An answer ends with
+  its first end token, or is full.
   """
   P, (B, R) = rollout.tokens_BT.shape[1] - rollout.mask_BR.shape[1], rollout.mask_BR.shape
-  hidden = stream(policy, rollout.tokens_BT, rollout.valid_BT)[:, P - 1:-1]
+  hidden = stream(policy, rollout.tokens_BT, rollout.valid_BT)[:, P - 1 : -1]
   sums = logprobs(policy, hidden, temperature).exp().cumsum(-1).numpy()
-  draw = jax.vmap(jax.vmap(lambda b, r: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, b), r)), (None, 0)),
-                  (0, None))
+  draw = jax.vmap(
+    jax.vmap(
+      lambda b, r: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, b), r)), (None, 0)
+    ),
+    (0, None),
+  )
   uniform, odd = np.asarray(draw(np.asarray(rollout.sample_B), np.arange(R))), 0
   for b in range(B):
     said = rollout.tokens_BT[b, P:][rollout.mask_BR[b]].tolist()

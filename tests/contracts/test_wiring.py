@@ -1,8 +1,9 @@
 """Every setting of every config reaches the number that it is for.
 
-The stages run with settings that are not the defaults, and are compared with a second implementation (`plain_ppo.py`,
-`plain_descent.py`) that reads the same settings; then each setting is switched back there, which must no longer agree.
-What is no number of training is compared with what is written in each test. A new setting needs a line in WIRED.
+The stages run with settings that are not the defaults, and are compared with a second
+implementation (`plain_ppo.py`, `plain_descent.py`) that reads the same settings. Then each setting
+is switched back there, and the two must no longer agree. What is no number of training is compared
+with what is written in each test. A new setting needs a line in WIRED.
 """
 
 import dataclasses
@@ -36,48 +37,53 @@ from rlhf_jax.stages import answers, descent, ppo, reward, sft
 
 FIRST = {
   'seed': 5, 'ppo.temperature': 0.7, 'ppo.slots': 4, 'ppo.batch_size': 8, 'tensorboard': True,
-  'sft.steps': 7, 'sft.batch_size': 6, 'sft.microbatches': 3, 'sft.packed': True, 'sft.evaluate_every': 3,
-  'sft.checkpoint_every': 2, 'sft.optimizer.learning_rate': 0.03, 'sft.optimizer.schedule': 'linear',
-  'sft.optimizer.warmup_steps': 2, 'sft.optimizer.final_share': 0.3, 'sft.optimizer.total_steps': 6,
-  'sft.optimizer.clip_norm': 0.5, 'sft.optimizer.beta1': 0.8, 'sft.optimizer.beta2': 0.95,
-  'sft.optimizer.epsilon': 1e-3, 'sft.optimizer.weight_decay': 0.3, 'sft.optimizer.form': 'tensorflow',
-  'sft.optimizer.value_rate': 9.0,
-  'reward.steps': 5, 'reward.batch_size': 4, 'reward.microbatches': 2, 'reward.centring_weight': 0.3,
-  'reward.evaluate_every': 2, 'reward.checkpoint_every': 3, 'reward.optimizer.learning_rate': 0.02,
-  'reward.optimizer.schedule': 'linear', 'reward.optimizer.warmup_steps': 1, 'reward.optimizer.final_share': 0.4,
-  'reward.optimizer.total_steps': 4, 'reward.optimizer.clip_norm': 0.3, 'reward.optimizer.beta1': 0.7,
-  'reward.optimizer.beta2': 0.9, 'reward.optimizer.epsilon': 1e-3, 'reward.optimizer.weight_decay': 0.4,
+  'sft.steps': 7, 'sft.batch_size': 6, 'sft.microbatches': 3, 'sft.packed': True,
+  'sft.evaluate_every': 3, 'sft.checkpoint_every': 2, 'sft.optimizer.learning_rate': 0.03,
+  'sft.optimizer.schedule': 'linear', 'sft.optimizer.warmup_steps': 2,
+  'sft.optimizer.final_share': 0.3, 'sft.optimizer.total_steps': 6, 'sft.optimizer.clip_norm': 0.5,
+  'sft.optimizer.beta1': 0.8, 'sft.optimizer.beta2': 0.95, 'sft.optimizer.epsilon': 1e-3,
+  'sft.optimizer.weight_decay': 0.3, 'sft.optimizer.form': 'tensorflow',
+  'sft.optimizer.value_rate': 9.0, 'reward.steps': 5, 'reward.batch_size': 4,
+  'reward.microbatches': 2, 'reward.centring_weight': 0.3, 'reward.evaluate_every': 2,
+  'reward.checkpoint_every': 3, 'reward.optimizer.learning_rate': 0.02,
+  'reward.optimizer.schedule': 'linear', 'reward.optimizer.warmup_steps': 1,
+  'reward.optimizer.final_share': 0.4, 'reward.optimizer.total_steps': 4,
+  'reward.optimizer.clip_norm': 0.3, 'reward.optimizer.beta1': 0.7, 'reward.optimizer.beta2': 0.9,
+  'reward.optimizer.epsilon': 1e-3, 'reward.optimizer.weight_decay': 0.4,
   'reward.optimizer.form': 'tensorflow', 'reward.optimizer.value_rate': 9.0,
 }
-# Other sizes, and the other value of what has two. Its reward model is as large as the policy of the first.
+# Other sizes, and the other value of what has two. Its reward model has the size of FIRST.
 SECOND = {
-  'preset': 'smaller', 'reward_preset': 'pico',
-  'data.limits.prompt_tokens': 12, 'data.limits.response_tokens': 8,
-  'sft.steps': 5, 'sft.batch_size': 8, 'sft.optimizer.learning_rate': 0.02, 'sft.optimizer.epsilon': 1e-4,
-  'reward.steps': 3, 'reward.batch_size': 4, 'reward.normalise': False, 'reward.optimizer.learning_rate': 0.01,
+  'seed': 3, 'preset': 'smaller', 'reward_preset': 'pico', 'data.limits.prompt_tokens': 12,
+  'data.limits.response_tokens': 8, 'sft.steps': 5, 'sft.batch_size': 8,
+  'sft.optimizer.learning_rate': 0.02, 'sft.optimizer.epsilon': 1e-4, 'reward.steps': 3,
+  'reward.batch_size': 4, 'reward.normalise': False, 'reward.optimizer.learning_rate': 0.01,
   'reward.optimizer.epsilon': 1e-4,
 }
 PPO = {
   'leash': {
     'ppo.iterations': 4, 'ppo.epochs': 2, 'ppo.minibatches': 2, 'ppo.kl_weight': 0.3,
-    'ppo.kl_target_nats_per_sequence': 0.02, 'ppo.kl_horizon_episodes': 40, 'ppo.reward_model_weight': 0.6,
-    'ppo.samples_every': 3, 'ppo.checkpoint_every': 3, 'ppo.held_out_answers': 16,
-    'ppo.loss.clip': 0.05, 'ppo.loss.value_clip': 0.03, 'ppo.loss.value_weight': 0.4, 'ppo.loss.entropy_weight': 0.05,
-    'ppo.experience.discount': 0.9, 'ppo.experience.trace': 0.7, 'ppo.experience.missing_end': 'replace',
+    'ppo.kl_target_nats_per_sequence': 0.02, 'ppo.kl_horizon_episodes': 40,
+    'ppo.reward_model_weight': 0.6, 'ppo.samples_every': 3, 'ppo.checkpoint_every': 3,
+    'ppo.held_out_answers': 16, 'ppo.loss.clip': 0.05, 'ppo.loss.value_clip': 0.03,
+    'ppo.loss.value_weight': 0.4, 'ppo.loss.entropy_weight': 0.05, 'ppo.experience.discount': 0.9,
+    'ppo.experience.trace': 0.7, 'ppo.experience.missing_end': 'replace',
     'ppo.experience.missing_end_score': 0.6, 'ppo.experience.score_limit': 0.8,
     'ppo.experience.whiten_rewards': True, 'ppo.experience.bessel': False,
-    'ppo.optimizer.learning_rate': 0.01, 'ppo.optimizer.schedule': 'cosine', 'ppo.optimizer.warmup_steps': 1,
-    'ppo.optimizer.final_share': 0.25,
+    'ppo.optimizer.learning_rate': 0.01, 'ppo.optimizer.schedule': 'cosine',
+    'ppo.optimizer.warmup_steps': 1, 'ppo.optimizer.final_share': 0.25,
   },
   'others': {
-    'ppo.iterations': 2, 'ppo.epochs': 2, 'ppo.minibatches': 2, 'ppo.microbatches': 2, 'ppo.value_from': 'policy',
-    'ppo.kl_weight': 0.5, 'ppo.loss.value_clip': None, 'ppo.loss.dual_clip': 1.02, 'ppo.loss.log_ratio_limit': 0.1,
-    'ppo.experience.kl_estimator': 'k3', 'ppo.experience.kl_limit': 0.01, 'ppo.experience.score_slot': 'after_end',
-    'ppo.experience.missing_end': 'subtract', 'ppo.experience.truncation': 'bootstrap',
-    'ppo.experience.whiten_advantages': False,
-    'ppo.optimizer.learning_rate': 0.02, 'ppo.optimizer.total_steps': 4, 'ppo.optimizer.clip_norm': 0.05,
-    'ppo.optimizer.beta1': 0.7, 'ppo.optimizer.beta2': 0.9, 'ppo.optimizer.epsilon': 1e-3,
-    'ppo.optimizer.weight_decay': 0.2, 'ppo.optimizer.form': 'tensorflow', 'ppo.optimizer.value_rate': 3.0,
+    'ppo.iterations': 2, 'ppo.epochs': 2, 'ppo.minibatches': 2, 'ppo.microbatches': 2,
+    'ppo.value_from': 'policy', 'ppo.kl_weight': 0.5, 'ppo.loss.value_clip': None,
+    'ppo.loss.dual_clip': 1.02, 'ppo.loss.log_ratio_limit': 0.1,
+    'ppo.experience.kl_estimator': 'k3', 'ppo.experience.kl_limit': 0.01,
+    'ppo.experience.score_slot': 'after_end', 'ppo.experience.missing_end': 'subtract',
+    'ppo.experience.truncation': 'bootstrap', 'ppo.experience.whiten_advantages': False,
+    'ppo.optimizer.learning_rate': 0.02, 'ppo.optimizer.total_steps': 4,
+    'ppo.optimizer.clip_norm': 0.05, 'ppo.optimizer.beta1': 0.7, 'ppo.optimizer.beta2': 0.9,
+    'ppo.optimizer.epsilon': 1e-3, 'ppo.optimizer.weight_decay': 0.2,
+    'ppo.optimizer.form': 'tensorflow', 'ppo.optimizer.value_rate': 3.0,
   },
   'shared': {
     'ppo.iterations': 6, 'ppo.epochs': 1, 'ppo.minibatches': 1, 'ppo.shared_trunk': True,
@@ -87,7 +93,10 @@ PPO = {
 }
 FUNCTIONS = {  # of the run 'others'; every score that it learns from is finite and no two are equal
   'lengths': (lambda prompts, responses: [len(response) / 9 for response in responses], 0.25),
-  'vowels': (lambda prompts, responses: [sum(map('aeiou'.count, response)) / 7 for response in responses], -2.0),
+  'vowels': (
+    lambda prompts, responses: [sum(map('aeiou'.count, response)) / 7 for response in responses],
+    -2.0,
+  ),
 }
 
 
@@ -96,13 +105,13 @@ def fetched(tree):
 
 
 def encoded(run, kind, examples):
-  """The token rows of examples, as `encode` makes them for this run; kind: demonstrations, comparisons or prompts."""
+  """The token rows of examples; kind: demonstrations, comparisons or prompts."""
   return getattr(encode, kind)(examples, run.tokenizer, run.experiment.data.limits)[0]
 
 
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
-  """PyTorch on one thread: on arrays this small, two are many times slower where others use the cores."""
+  """PyTorch on one thread: arrays are small, and two threads wait for each other on busy cores."""
   threads = torch.get_num_threads()
   torch.set_num_threads(1)
   yield
@@ -111,16 +120,23 @@ def one_thread():
 
 # ---- recording: what the stages' programs were given and gave, and what was saved when
 
+
 @pytest.fixture(scope='module')
 def recorded():
   """What happens while the tests of this module run, newest last; `clear` forgets it."""
+
   class Seen:
     def clear(self):
       self.steps, self.answers, self.learned, self.saved = [], [], [], []
+
   seen = Seen()
   seen.clear()
   with pytest.MonkeyPatch.context() as patch:
-    compile_step, compile_answer, compile_programs = descent.compile_step, answers.compile_answer, ppo.compile_programs
+    compile_step, compile_answer, compile_programs = (
+      descent.compile_step,
+      answers.compile_answer,
+      ppo.compile_programs,
+    )
 
     def watched_step(runner, loss_fn, config):
       optimizer, step = compile_step(runner, loss_fn, config)
@@ -128,6 +144,7 @@ def recorded():
       def recording(state, batch, key):
         seen.steps.append(batch)
         return step(state, batch, key)
+
       recording.trace = step.trace
       return optimizer, recording
 
@@ -138,6 +155,7 @@ def recorded():
         rollout = answer(params, prompts, key)
         seen.answers.append((fetched(params), fetched(rollout)))
         return rollout
+
       recording.trace = answer.trace
       return recording
 
@@ -148,6 +166,7 @@ def recorded():
         state, metrics = programs.learn(state, lessons, key)
         seen.learned.append(fetched(state.params))
         return state, metrics
+
       recording.trace = programs.learn.trace
       return dataclasses.replace(programs, learn=recording)
 
@@ -156,7 +175,11 @@ def recorded():
     patch.setattr(answers, 'compile_answer', watched_answer)
     patch.setattr(ppo, 'compile_answer', watched_answer)
     patch.setattr(ppo, 'compile_programs', watched_programs)
-    patch.setattr(Checkpoints, 'save', lambda self, step, *args: seen.saved.append(step) or save(self, step, *args))
+    patch.setattr(
+      Checkpoints,
+      'save',
+      lambda self, step, *args: seen.saved.append(step) or save(self, step, *args),
+    )
     yield seen
 
 
@@ -169,12 +192,16 @@ def take(recorded):
 
 # ---- the runs
 
+
 @dataclasses.dataclass
 class Made:
   """A stage that has run, and what was recorded of it."""
+
   run: object
   seen: object
-  asked: list | None = None  # of the reward stage: the examples that the labellers asked about, and the texts they got
+  asked: list | None = (
+    None  # of the reward stage: the examples that the labellers asked about, and the texts they got
+  )
 
 
 def trained(stage, run, recorded, **more):
@@ -185,7 +212,7 @@ def trained(stage, run, recorded, **more):
 
 @pytest.fixture(scope='module')
 def first(tmp_path_factory, recorded):
-  """SFT and reward model of FIRST, whose labellers ask the policy for two answers to some prompts."""
+  """SFT and reward model of FIRST; its labellers ask the policy for two answers to some prompts."""
   directory, asked = tmp_path_factory.mktemp('first'), []
   sft_made = trained(sft, prepare(directory, settings=FIRST), recorded)
 
@@ -193,7 +220,10 @@ def first(tmp_path_factory, recorded):
     some = sft_made.run.task.prompts[0][:5]
     asked.append((some, ask(some, 2)))
     return sft_made.run.task.comparisons(ask)
-  reward_made = trained(reward, prepare(directory, settings=FIRST, comparisons=comparisons), recorded, asked=asked)
+
+  reward_made = trained(
+    reward, prepare(directory, settings=FIRST, comparisons=comparisons), recorded, asked=asked
+  )
   return {'sft': sft_made, 'reward': reward_made}
 
 
@@ -206,31 +236,48 @@ def second(tmp_path_factory, recorded):
 
 @pytest.fixture(scope='module')
 def ppo_runs(first, tmp_path_factory, recorded):
-  """The PPO stage of that name, on the SFT policy and reward model of FIRST; run when it is first asked for."""
+  """The PPO stage of that name on the models of FIRST; run when it is first asked for."""
+
   @functools.cache
   def made(name):
-    directory = copy(first['sft'].run.directory, tmp_path_factory.mktemp(name), 'tokenizer', 'sft', 'reward')
+    directory = copy(
+      first['sft'].run.directory, tmp_path_factory.mktemp(name), 'tokenizer', 'sft', 'reward'
+    )
     functions = FUNCTIONS if name == 'others' else {}
-    return trained(ppo, prepare(directory, settings=FIRST | PPO[name], reward_functions=functions), recorded)
+    return trained(
+      ppo, prepare(directory, settings=FIRST | PPO[name], reward_functions=functions), recorded
+    )
+
   return made
 
 
 # ---- the comparison
 
+
 def tolerances(got, expected):
-  """By how many tolerances two lists of (parameters, metrics) differ at most: 1e-5, and 1e-4 of a metric or of 1."""
+  """By how many tolerances two lists of (parameters, metrics) differ at most.
+
+  The tolerance is 1e-5 for a parameter, and 1e-4 of 1 and a metric for the metric.
+  """
   apart = [0.0 if len(got) == len(expected) else np.inf]
   for (params, metrics), (other_params, other_metrics) in zip(got, expected):
     if params.keys() != other_params.keys() or not other_metrics.keys() <= metrics.keys():
       return np.inf
-    apart += [float(np.abs(np.asarray(params[path]) - np.asarray(other_params[path])).max()) / 1e-5 for path in params]
+    apart += [
+      float(np.abs(np.asarray(params[path]) - np.asarray(other_params[path])).max()) / 1e-5
+      for path in params
+    ]
     apart += [abs(metrics[name] - x) / (1 + abs(x)) / 1e-4 for name, x in other_metrics.items()]
   return max(apart)
 
 
 INSTEAD = {  # of defaults that these small runs cannot have
-  'sft.optimizer.warmup_steps': 0, 'reward.optimizer.warmup_steps': 0, 'reward.batch_size': 8,
-  'sft.steps': 9, 'reward.steps': 9}
+  'sft.optimizer.warmup_steps': 0,
+  'reward.optimizer.warmup_steps': 0,
+  'reward.batch_size': 8,
+  'sft.steps': 9,
+  'reward.steps': 9,
+}
 
 
 def switched_back(experiment, name):
@@ -244,16 +291,26 @@ def numpy(params):
 
 
 def plain_sft(made, experiment):
-  """What SFT of an experiment comes to, from the first parameters of a recorded run, on the same demonstrations."""
+  """What SFT of an experiment comes to, on the demonstrations of a recorded run."""
   run, config = made.run, experiment.sft
-  start = plain_descent.trained_but_bias(flat(fetched(initial_params(run.policy, jax.random.key(experiment.seed)))))
+  start = plain_descent.trained_but_bias(
+    flat(fetched(initial_params(run.policy, jax.random.key(experiment.seed))))
+  )
   if run.experiment.sft.packed:
     batches = [plain_descent.segments(batch) for batch in made.seen.steps]
   else:
     rows = encoded(run, 'demonstrations', run.task.demonstrations[0])
-    batches = plain_descent.batches([(row.ids, row.mask) for row in rows], [len(row.ids) for row in rows],
-                                    config.batch_size, experiment.data.limits.tokens, experiment.seed, config.steps)
-  held_out = [(row.ids, row.mask) for row in encoded(run, 'demonstrations', run.task.demonstrations[1])]
+    batches = plain_descent.batches(
+      [(row.ids, row.mask) for row in rows],
+      [len(row.ids) for row in rows],
+      config.batch_size,
+      experiment.data.limits.tokens,
+      experiment.seed,
+      config.steps,
+    )
+  held_out = [
+    (row.ids, row.mask) for row in encoded(run, 'demonstrations', run.task.demonstrations[1])
+  ]
   params, rows = plain_descent.descend(config, start, batches, plain_descent.cross_entropy)
   with torch.no_grad():
     last = {'held_out/loss': plain_descent.cross_entropy(params, held_out)[0].item()}
@@ -261,14 +318,24 @@ def plain_sft(made, experiment):
 
 
 def plain_reward(made, sft_params, experiment):
-  """What the reward stage of an experiment comes to, from the head of a key and the backbone of that SFT model, if any."""
+  """What the reward stage of an experiment comes to, from the backbone of an SFT model, if any."""
   run, config, longest = made.run, experiment.reward, experiment.data.limits.tokens
-  start = flat(fetched(initial_params(run.reward, jax.random.fold_in(jax.random.key(experiment.seed), 1))))
+  start = flat(
+    fetched(initial_params(run.reward, jax.random.fold_in(jax.random.key(experiment.seed), 1)))
+  )
   start |= {path: x for path, x in flat(sft_params).items() if path.startswith('backbone/')}
-  of_texts = lambda examples: [([text.ids for text in row.rows], row.ranks) for row in encoded(run, 'comparisons', examples)]
+  of_texts = lambda examples: [
+    ([text.ids for text in row.rows], row.ranks) for row in encoded(run, 'comparisons', examples)
+  ]
   prompts, held_out = map(of_texts, run.task.comparisons(lambda *asked: []))
-  batches = plain_descent.batches(prompts, [max(map(len, texts)) for texts, _ in prompts], config.batch_size, longest,
-                                  experiment.seed, config.steps)
+  batches = plain_descent.batches(
+    prompts,
+    [max(map(len, texts)) for texts, _ in prompts],
+    config.batch_size,
+    longest,
+    experiment.seed,
+    config.steps,
+  )
   loss = lambda params, batch: plain_descent.bradley_terry(params, batch, config.centring_weight)
   params, rows = plain_descent.descend(config, plain_descent.trained_but_bias(start), batches, loss)
   with torch.no_grad():
@@ -276,7 +343,9 @@ def plain_reward(made, sft_params, experiment):
     last['held_out/loss'] = loss(params, held_out)[0].item()
     params = dict(params)
     if config.normalise:
-      score = plain_descent.scores(params, *plain_descent.padded([ids for texts, _ in prompts for ids in texts]))
+      score = plain_descent.scores(
+        params, *plain_descent.padded([ids for texts, _ in prompts for ids in texts])
+      )
       params['scalar/scalar_D'] = params['scalar/scalar_D'] / score.std(correction=0)
       params['scalar/bias'] = (params['scalar/bias'] - score.mean()) / score.std(correction=0)
   return [({}, row) for row in rows] + [(numpy(params), last)]
@@ -290,35 +359,58 @@ def of_descent(made, stage):
 
 
 def plain_ppo_of(made, experiment):
-  """What PPO of an experiment comes to on the answers of a recorded run, from what SFT and reward model left."""
+  """What PPO of an experiment comes to on the answers of a recorded run."""
   run, config = made.run, experiment.ppo
   policy, scorer = (flat(fetched(stage.restore(run))) for stage in (sft, reward))
   value = dict(scorer)
   if config.value_from == 'policy' or config.shared_trunk:
-    value = {path: x for path, x in policy.items() if path.startswith('backbone/')} if not config.shared_trunk else {}
-    value |= {'scalar/scalar_D': 0 * scorer['scalar/scalar_D'], 'scalar/bias': 0 * scorer['scalar/bias']}
-  start = {f'policy/{path}': x for path, x in policy.items()} | {f'value/{path}': x for path, x in value.items()}
+    value = (
+      {path: x for path, x in policy.items() if path.startswith('backbone/')}
+      if not config.shared_trunk
+      else {}
+    )
+    value |= {
+      'scalar/scalar_D': 0 * scorer['scalar/scalar_D'],
+      'scalar/bias': 0 * scorer['scalar/bias'],
+    }
+  start = {f'policy/{path}': x for path, x in policy.items()} | {
+    f'value/{path}': x for path, x in value.items()
+  }
   extra = []
   for _, rollout in made.seen.answers:
     texts = ppo.texts_of(run, rollout)
-    extra.append(sum((weight * np.array(function(*texts)) for function, weight in run.task.reward_functions.values()),
-                     np.zeros(len(texts[0]))))
-  return plain_ppo.train(config, experiment.seed, start, {'reference': policy, 'reward': scorer},
-                         [rollout for _, rollout in made.seen.answers], extra)
+    extra.append(
+      sum(
+        (
+          weight * np.array(function(*texts))
+          for function, weight in run.task.reward_functions.values()
+        ),
+        np.zeros(len(texts[0])),
+      )
+    )
+  return plain_ppo.train(
+    config,
+    experiment.seed,
+    start,
+    {'reference': policy, 'reward': scorer},
+    [rollout for _, rollout in made.seen.answers],
+    extra,
+  )
 
 
 def of_ppo(made):
   """What a recorded PPO stage came to: after every iteration its parameters and metrics."""
   rows = read_metrics(made.run.stage(ppo.NAME))
   params = [numpy(flat(tree)) for tree in made.seen.learned]
-  params += [params[-1]] * (len(rows) - len(params))                            # it may have stopped before an update
+  params += [params[-1]] * (len(rows) - len(params))  # it may have stopped before an update
   params[-1] = numpy(flat(fetched(ppo.restore(made.run))))
   return list(zip(params, rows, strict=True))
 
 
 @pytest.fixture(scope='module')
 def compared(first, second, ppo_runs):
-  """(what a run of that name came to, a function of an experiment that gives what it should come to, its experiment)."""
+  """By name of a run: what it came to, what an experiment should come to, and its experiment."""
+
   @functools.cache
   def of(name):
     if name in PPO:
@@ -329,24 +421,57 @@ def compared(first, second, ppo_runs):
     if stage == 'sft':
       return of_descent(made, sft), functools.partial(plain_sft, made), made.run.experiment
     backbone = fetched(sft.restore(made.run)) if same_size else {}
-    return of_descent(made, reward), functools.partial(plain_reward, made, backbone), made.run.experiment
+    return (
+      of_descent(made, reward),
+      functools.partial(plain_reward, made, backbone),
+      made.run.experiment,
+    )
+
   return of
 
 
-# What these change is not in the second implementation, which shows here that they leave the numbers alone.
-ELSEWHERE = ('sft.microbatches', 'reward.microbatches', 'ppo.microbatches', 'sft.optimizer.value_rate',
-             'reward.optimizer.value_rate', 'sft.packed', 'sft.evaluate_every', 'sft.checkpoint_every',
-             'reward.evaluate_every', 'reward.checkpoint_every', 'ppo.samples_every', 'ppo.checkpoint_every',
-             'ppo.held_out_answers', 'ppo.slots', 'ppo.batch_size')
+# Unknown to the second implementation, with which the runs agree: so these change no number.
+ELSEWHERE = (
+  'sft.microbatches',
+  'reward.microbatches',
+  'ppo.microbatches',
+  'sft.optimizer.value_rate',
+  'reward.optimizer.value_rate',
+  'sft.packed',
+  'sft.evaluate_every',
+  'sft.checkpoint_every',
+  'reward.evaluate_every',
+  'reward.checkpoint_every',
+  'ppo.samples_every',
+  'ppo.checkpoint_every',
+  'ppo.held_out_answers',
+  'ppo.slots',
+  'ppo.batch_size',
+)
 SWITCHED = [
-  *((f'{name} {stage}', setting) for name, settings in (('first', FIRST), ('second', SECOND))
-    for stage in ('sft', 'reward') for setting in settings if setting.startswith(f'{stage}.')),
+  *(
+    (f'{name} {stage}', setting)
+    for name, settings in (('first', FIRST), ('second', SECOND))
+    for stage in ('sft', 'reward')
+    for setting in settings
+    if setting.startswith(f'{stage}.')
+  ),
   *((name, setting) for name, settings in PPO.items() for setting in settings),
-  ('first sft', 'seed'), ('first reward', 'seed'), ('leash', 'seed'), ('leash', 'ppo.temperature'),
-  ('others', 'ppo.temperature')]
-# What a run cannot show: lengths where total_steps is set, batches that are taken as they were recorded.
-HIDDEN = (('others', 'ppo.iterations'), ('first sft', 'sft.steps'), ('first sft', 'sft.batch_size'),
-          ('first reward', 'reward.steps'), ('shared', 'ppo.minibatches'))
+  ('first sft', 'seed'),
+  ('second sft', 'seed'),
+  ('first reward', 'seed'),
+  ('leash', 'seed'),
+  ('leash', 'ppo.temperature'),
+  ('others', 'ppo.temperature'),
+]
+# What a run cannot show: lengths where total_steps is set, batches that are taken as recorded.
+HIDDEN = (
+  ('others', 'ppo.iterations'),
+  ('first sft', 'sft.steps'),
+  ('first sft', 'sft.batch_size'),
+  ('first reward', 'reward.steps'),
+  ('shared', 'ppo.minibatches'),
+)
 SWITCHED = [pair for pair in SWITCHED if pair[1] not in ELSEWHERE and pair not in HIDDEN]
 RUNS = ('first sft', 'first reward', 'second sft', 'second reward', *PPO)
 
@@ -365,6 +490,7 @@ def test_a_setting_that_is_switched_back_shows(compared, run, setting):
 
 # ---- chance: what is drawn, from which key, at which temperature, of which prompts
 
+
 def end_tokens(run):
   return answers.sampling(run).end_tokens
 
@@ -373,15 +499,26 @@ def end_tokens(run):
 def test_answers_are_drawn_by_seed_and_iteration_at_the_temperature(ppo_runs, name):
   made = ppo_runs(name)
   asked = encoded(made.run, 'prompts', made.run.task.prompts[0])
-  prompts = plain_descent.batches([row.ids for row in asked], [len(row.ids) for row in asked], 8, 14, 5,
-                                  len(made.seen.answers), buckets=1)
+  prompts = plain_descent.batches(
+    [row.ids for row in asked],
+    [len(row.ids) for row in asked],
+    8,
+    14,
+    5,
+    len(made.seen.answers),
+    buckets=1,
+  )
   for iteration, (params, rollout) in enumerate(made.seen.answers):
     assert rollout.tokens_BT.shape == (8, 14 + 10) and rollout.mask_BR.shape == (8, 10)
-    assert [tokens[:14][valid[:14]].tolist() for tokens, valid in zip(rollout.tokens_BT, rollout.valid_BT)] == \
-      prompts[iteration]
+    assert [
+      tokens[:14][valid[:14]].tolist() for tokens, valid in zip(rollout.tokens_BT, rollout.valid_BT)
+    ] == prompts[iteration]
     np.testing.assert_array_equal(rollout.sample_B, np.arange(8))
     odd = functools.partial(plain_ppo.odd_tokens, flat(params), rollout, ends=end_tokens(made.run))
-    keys = [jax.random.split(jax.random.fold_in(jax.random.key(5), i))[0] for i in (iteration, iteration + 1)]
+    keys = [
+      jax.random.split(jax.random.fold_in(jax.random.key(5), i))[0]
+      for i in (iteration, iteration + 1)
+    ]
     assert odd(key=keys[0], temperature=0.7) == 0
     assert odd(key=keys[0], temperature=1.0) > 3 and odd(key=keys[1], temperature=0.7) > 8
 
@@ -396,9 +533,12 @@ def test_labellers_are_given_answers_of_the_sft_policy_at_the_temperature(first)
     odd = functools.partial(plain_ppo.odd_tokens, policy, rollout, ends=end_tokens(run))
     assert odd(key=key, temperature=0.7) == 0
     assert odd(key=key, temperature=1.0) > 3 and odd(key=jax.random.key(5), temperature=0.7) > 8
-    heard |= {int(sample): texts for sample, *texts in zip(rollout.sample_B, *ppo.texts_of(run, rollout))}
+    heard |= {
+      int(sample): texts for sample, *texts in zip(rollout.sample_B, *ppo.texts_of(run, rollout))
+    }
   assert [heard[2 * i + j] for i in range(5) for j in range(2)] == [
-    [example.prompt[-1].text, text] for example, texts in zip(examples, said) for text in texts]
+    [example.prompt[-1].text, text] for example, texts in zip(examples, said) for text in texts
+  ]
 
 
 def assert_equal(params, others):
@@ -407,7 +547,7 @@ def assert_equal(params, others):
 
 
 def test_the_table_is_measured_on_answers_to_held_out_prompts(ppo_runs, recorded):
-  """16 answers to each of 2 prompts, 8 at a time, by each policy; the score has the weight of the reward model."""
+  """Of each policy 16 answers to each of 2 prompts, 8 at a time."""
   made = ppo_runs('leash')
   run = made.run
   recorded.clear()
@@ -421,20 +561,44 @@ def test_the_table_is_measured_on_answers_to_held_out_prompts(ppo_runs, recorded
     for params, rollout in answered:
       assert_equal(flat(params), policy)
       assert plain_ppo.odd_tokens(policy, rollout, jax.random.key(5 + 2), 0.7, end_tokens(run)) == 0
-      both = {f'policy/{path}': x for path, x in policy.items()} | {f'value/{path}': x for path, x in scorer.items()}
-      rows.append(plain_ppo.look_back(run.experiment.ppo, both, {'reference': reference, 'reward': scorer}, rollout,
-                                      np.zeros(8), kl_weight=0)[1])
-    for shown, known in (('score', 'score'), ('KL, nats per answer', 'kl_nats_per_sequence'), ('ended', 'ended'),
-                         ('tokens per answer', 'response_length')):
+      both = {f'policy/{path}': x for path, x in policy.items()} | {
+        f'value/{path}': x for path, x in scorer.items()
+      }
+      rows.append(
+        plain_ppo.look_back(
+          run.experiment.ppo,
+          both,
+          {'reference': reference, 'reward': scorer},
+          rollout,
+          np.zeros(8),
+          kl_weight=0,
+        )[1]
+      )
+    for shown, known in (
+      ('score', 'score'),
+      ('KL, nats per answer', 'kl_nats_per_sequence'),
+      ('ended', 'ended'),
+      ('tokens per answer', 'response_length'),
+    ):
       assert table[name][shown] == pytest.approx(np.mean([row[known] for row in rows]), abs=1e-4)
-    assert sorted(said[name][0]) == ['Want tar?'] * 16 + ['Want tin?'] * 16 and len(said[name][1]) == 32
+    assert (
+      sorted(said[name][0]) == ['Want tar?'] * 16 + ['Want tin?'] * 16 and len(said[name][1]) == 32
+    )
 
 
 # ---- what is written when
 
+
 def test_evaluations_checkpoints_samples_and_event_files(first, ppo_runs):
-  measured = lambda made, stage: [row['step'] for row in read_metrics(made.run.stage(stage)) if 'held_out/loss' in row]
-  assert measured(first['sft'], 'sft') == [0, 3, 6, 7] and measured(first['reward'], 'reward') == [0, 2, 4, 5]
+  measured = lambda made, stage: [
+    row['step'] for row in read_metrics(made.run.stage(stage)) if 'held_out/loss' in row
+  ]
+  assert measured(first['sft'], 'sft') == [0, 3, 6, 7] and measured(first['reward'], 'reward') == [
+    0,
+    2,
+    4,
+    5,
+  ]
   assert first['sft'].seen.saved == [2, 4, 6, 7] and first['reward'].seen.saved == [3, 5]
   leash = ppo_runs('leash')
   assert leash.seen.saved == [3, 4]
@@ -444,21 +608,30 @@ def test_evaluations_checkpoints_samples_and_event_files(first, ppo_runs):
 
 
 def test_packed_demonstrations_share_rows_and_each_is_seen_as_often(first):
-  """The 40 demonstrations of an epoch: all of them, none twice, in rows of at most 24 tokens, several to a row."""
+  """Rows of at most 24 tokens, several of the 40 demonstrations to a row."""
   batches = first['sft'].seen.steps
   assert all(batch.tokens_BT.shape == (6, 24) for batch in batches)
   assert max(batch.segment_BT.max() for batch in batches) > 1
   seen = [tuple(ids) for batch in batches for ids, _ in plain_descent.segments(batch)]
   rows = encoded(first['sft'].run, 'demonstrations', first['sft'].run.task.demonstrations[0])
   wanted = {tuple(row.ids) for row in rows}
-  assert set(seen) <= wanted and max(map(seen.count, wanted)) <= 3              # 7 batches of 6 rows are 2 to 3 epochs
+  assert (
+    set(seen) <= wanted and max(map(seen.count, wanted)) <= 3
+  )  # 7 batches of 6 rows are 2 to 3 epochs
 
 
 def test_nothing_is_written_for_tensorboard_and_the_project_goes_to_wandb(tmp_path, monkeypatch):
   projects = []
-  monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(
-    init=lambda **arguments: projects.append(arguments['project']) or types.SimpleNamespace(
-      log=lambda *args, **more: None, finish=lambda: None)))
+  monkeypatch.setitem(
+    sys.modules,
+    'wandb',
+    types.SimpleNamespace(
+      init=lambda **arguments: (
+        projects.append(arguments['project'])
+        or types.SimpleNamespace(log=lambda *args, **more: None, finish=lambda: None)
+      )
+    ),
+  )
   for settings, expected in (({}, []), ({'wandb': 'mine'}, ['mine'])):
     run = prepare(tmp_path, settings=settings)
     with run.log('sft') as log:
@@ -469,38 +642,62 @@ def test_nothing_is_written_for_tensorboard_and_the_project_goes_to_wandb(tmp_pa
 
 # ---- devices
 
-@pytest.mark.parametrize('settings, devices, shard', [
-  ({'mesh.runner': 'single'}, 1, (1, 16, 4, 4)),
-  ({'mesh.runner': 'pmap'}, 8, (1, 16, 4, 4)),
-  ({'mesh.runner': 'sharded'}, 8, (1, 16, 4, 4)),
-  ({'mesh.runner': 'sharded', 'mesh.fsdp': 4}, 8, (1, 4, 4, 4)),
-  ({'mesh.runner': 'sharded', 'mesh.tensor': 2}, 8, (1, 16, 2, 4)),
-  ({'mesh.runner': 'sharded', 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}, 8, (1, 8, 2, 4)),
-])
-def test_a_mesh_has_the_devices_that_are_asked_for_and_cuts_parameters_over_them(tmp_path, settings, devices, shard):
+
+@pytest.mark.parametrize(
+  'settings, devices, shard',
+  [
+    ({'mesh.runner': 'single'}, 1, (1, 16, 4, 4)),
+    ({'mesh.runner': 'pmap'}, 8, (1, 16, 4, 4)),
+    ({'mesh.runner': 'sharded'}, 8, (1, 16, 4, 4)),
+    ({'mesh.runner': 'sharded', 'mesh.fsdp': 4}, 8, (1, 4, 4, 4)),
+    ({'mesh.runner': 'sharded', 'mesh.tensor': 2}, 8, (1, 16, 2, 4)),
+    ({'mesh.runner': 'sharded', 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}, 8, (1, 8, 2, 4)),
+  ],
+)
+def test_a_mesh_has_the_devices_that_are_asked_for_and_cuts_parameters_over_them(
+  tmp_path, settings, devices, shard
+):
   run = prepare(tmp_path, settings=settings | {'ppo.batch_size': 16})
   q = run.runner.place({'q_LDNH': np.zeros((1, 16, 4, 4), np.float32)}, 'params')['q_LDNH']
   assert (len(q.sharding.device_set), q.addressable_shards[0].data.shape) == (devices, shard)
 
 
 def test_a_mesh_that_does_not_fit_the_devices(tmp_path):
-  with pytest.raises(ShardingError, match='a mesh of data=3 x fsdp=1 x tensor=1 needs 3 devices, but there are 8'):
+  with pytest.raises(
+    ShardingError, match='a mesh of data=3 x fsdp=1 x tensor=1 needs 3 devices, but there are 8'
+  ):
     prepare(tmp_path, settings={'mesh.runner': 'sharded', 'mesh.data': 3})
 
 
 def test_cpu_devices(tmp_path):
-  """A process that has begun with 8 says so; that a fresh one is divided is tests/test_startup.py."""
+  """A process that has begun with 8 says so; tests/test_startup.py divides a fresh one."""
   with pytest.raises(ConfigError, match='3 CPU devices are asked for, but this process has 8'):
     cli.run_stages(experiment(**{'mesh.cpu_devices': 3}), task, tmp_path / 'run')
 
 
 # ---- programs, traced for the shapes of a run
 
-TRACED = {'preset': 'nano', 'data.limits.prompt_tokens': 64, 'data.limits.response_tokens': 64, 'sft.batch_size': 12,
-          'reward.batch_size': 12, 'ppo.batch_size': 16}
-PLAIN, OTHER = {}, {'dtype': 'bfloat16', 'remat': True, 'scan_layers': True, 'sft.microbatches': 3,
-                    'reward.microbatches': 2, 'ppo.microbatches': 4, 'ppo.slots': 5, **{
-                      f'{stage}.optimizer.moment_dtype': 'bfloat16' for stage in ('sft', 'reward', 'ppo')}}
+TRACED = {
+  'preset': 'nano',
+  'data.limits.prompt_tokens': 64,
+  'data.limits.response_tokens': 64,
+  'sft.batch_size': 12,
+  'reward.batch_size': 12,
+  'ppo.batch_size': 16,
+}
+PLAIN, OTHER = (
+  {},
+  {
+    'dtype': 'bfloat16',
+    'remat': True,
+    'scan_layers': True,
+    'sft.microbatches': 3,
+    'reward.microbatches': 2,
+    'ppo.microbatches': 4,
+    'ppo.slots': 5,
+    **{f'{stage}.optimizer.moment_dtype': 'bfloat16' for stage in ('sft', 'reward', 'ppo')},
+  },
+)
 
 
 def traced(settings, stages=planner.STAGES):
@@ -527,11 +724,16 @@ def equations(jaxpr):
 
 
 def count(program, name, holds=lambda equation: True):
-  return sum(equation.primitive.name == name and holds(equation) for equation in equations(program.traced.jaxpr.jaxpr))
+  return sum(
+    equation.primitive.name == name and holds(equation)
+    for equation in equations(program.traced.jaxpr.jaxpr)
+  )
 
 
 def test_every_program_multiplies_in_the_dtype(both):
-  narrow = lambda program: count(program, 'dot_general', lambda e: e.invars[0].aval.dtype == 'bfloat16')
+  narrow = lambda program: count(
+    program, 'dot_general', lambda e: e.invars[0].aval.dtype == 'bfloat16'
+  )
   plain, other = both
   assert [narrow(program) for program in plain.values()] == [0] * 5
   assert all(2 * narrow(program) > count(program, 'dot_general') for program in other.values())
@@ -539,15 +741,17 @@ def test_every_program_multiplies_in_the_dtype(both):
 
 def test_what_differentiates_makes_blocks_again(both):
   plain, other = both
-  for name in ('reward step', 'PPO update'):                                    # SFT's chunks of logits always are
+  for name in ('reward step', 'PPO update'):  # SFT's chunks of logits always are
     assert count(plain[name], 'remat2') == 0 < count(other[name], 'remat2')
 
 
 def test_layers_are_scanned(both):
-  """The preset has two layers; decoding has a product for each weight of each of them, other programs of one."""
+  """The preset has two layers: unrolled, there is a product for each weight of each of them."""
   plain, other = both
   for name in ('SFT step', 'reward step', 'experience', 'PPO update'):
-    over_layers = lambda program: count(program, 'scan', lambda e: e.params['length'] == 2 and e.params['num_carry'] == 1)
+    over_layers = lambda program: count(
+      program, 'scan', lambda e: e.params['length'] == 2 and e.params['num_carry'] == 1
+    )
     assert over_layers(plain[name]) < over_layers(other[name])
     assert count(plain[name], 'dot_general') > count(other[name], 'dot_general')
 
@@ -557,20 +761,32 @@ def test_batches_are_computed_in_microbatches(both):
   plain, other = both
 
   def cut(program, shape):
-    return any(x.aval.shape == shape and x.aval.dtype == 'int32' for e in equations(program.traced.jaxpr.jaxpr)
-               for x in e.outvars)
-  for name, shape in (('SFT step', (3, 4, 128)), ('reward step', (2, 6, 2, 128)), ('PPO update', (4, 4, 128))):
+    return any(
+      x.aval.shape == shape and x.aval.dtype == 'int32'
+      for e in equations(program.traced.jaxpr.jaxpr)
+      for x in e.outvars
+    )
+
+  for name, shape in (
+    ('SFT step', (3, 4, 128)),
+    ('reward step', (2, 6, 2, 128)),
+    ('PPO update', (4, 4, 128)),
+  ):
     assert cut(other[name], shape) and not cut(plain[name], shape)
 
 
 def test_moments_are_stored_in_their_dtype(both):
-  dtypes = lambda program: {x.dtype.name for x in jax.tree.leaves(program.holds['optimizer'])} - {'int32'}
+  dtypes = lambda program: (
+    {x.dtype.name for x in jax.tree.leaves(program.holds['optimizer'])} - {'int32'}
+  )
   for name in ('SFT step', 'reward step', 'PPO update'):
     assert [dtypes(programs[name]) for programs in both] == [{'float32'}, {'bfloat16', 'float32'}]
 
 
 def test_so_many_answers_are_decoded_at_a_time(both):
-  logits = lambda program, rows: count(program, 'dot_general', lambda e: e.outvars[0].aval.shape == (rows, 640))
+  logits = lambda program, rows: count(
+    program, 'dot_general', lambda e: e.outvars[0].aval.shape == (rows, 640)
+  )
   plain, other = both
   assert logits(plain['generate'], 16) and not logits(plain['generate'], 5)
   assert logits(other['generate'], 5) and not logits(other['generate'], 16)
@@ -578,11 +794,17 @@ def test_so_many_answers_are_decoded_at_a_time(both):
 
 def test_weights_are_gathered_once_before_decoding():
   """Of two layers nine each, and the embedding, the last norm and the unembedding."""
+
   def outside(settings):
     program = traced({'mesh.runner': 'sharded', 'mesh.fsdp': 8} | settings, ('ppo',))['generate']
-    inside = sum(inner.primitive.name == 'sharding_constraint' for e in equations(program.traced.jaxpr.jaxpr)
-                 if e.primitive.name == 'while' for inner in equations(e.params['body_jaxpr'].jaxpr))
+    inside = sum(
+      inner.primitive.name == 'sharding_constraint'
+      for e in equations(program.traced.jaxpr.jaxpr)
+      if e.primitive.name == 'while'
+      for inner in equations(e.params['body_jaxpr'].jaxpr)
+    )
     return count(program, 'sharding_constraint') - inside
+
   assert outside({'ppo.gather': True}) - outside({'ppo.gather': False}) == 2 * 9 + 3
 
 
@@ -600,11 +822,22 @@ def test_models_have_the_sizes_of_their_presets(tmp_path, second):
   shapes = lambda run, model: {path: x.shape for path, x in flat(fetched(model)).items()}
   run = second['sft'].run
   policy, scorer = (shapes(run, stage.restore(run)) for stage in (sft, reward))
-  assert policy['backbone/embedding_VD'] == (290, 8) and policy['backbone/blocks/q_LDNH'] == (1, 8, 2, 6)
-  assert scorer['backbone/embedding_VD'] == (290, 16) and scorer['backbone/blocks/q_LDNH'] == (1, 16, 4, 4)
+  assert policy['backbone/embedding_VD'] == (290, 8) and policy['backbone/blocks/q_LDNH'] == (
+    1,
+    8,
+    2,
+    6,
+  )
+  assert scorer['backbone/embedding_VD'] == (290, 16) and scorer['backbone/blocks/q_LDNH'] == (
+    1,
+    16,
+    4,
+    4,
+  )
 
 
 # ---- data
+
 
 def write(path, rows):
   path.write_text('\n'.join(map(json.dumps, rows)) + '\n')
@@ -613,13 +846,21 @@ def write(path, rows):
 
 def test_data_of_a_path(tmp_path):
   rows = [{'prompt': f'How is {i}?', 'chosen': f'Fine, {i}.', 'rejected': 'No.'} for i in range(40)]
-  path = write(tmp_path / 'all.jsonl', [*rows[:30], {'prompt': 'Same?', 'chosen': 'A.', 'rejected': 'A.'}, *rows[30:]])
+  path = write(
+    tmp_path / 'all.jsonl',
+    [*rows[:30], {'prompt': 'Same?', 'chosen': 'A.', 'rejected': 'A.'}, *rows[30:]],
+  )
   make = lambda **data: hh.make_task(configs.override(hh.EXPERIMENT, {'data.path': path} | data))
   texts = lambda examples: {example.prompt[-1].text for example in examples}
   whole = make()
   assert texts(whole.prompts[0]) | texts(whole.prompts[1]) == {f'How is {i}?' for i in range(40)}
-  share = {name: np.mean([len(make(**{'data.held_out_share': name, 'seed': seed}).prompts[1]) for seed in range(12)]) / 40
-           for name in (0.1, 0.5)}
+  share = {
+    name: np.mean(
+      [len(make(**{'data.held_out_share': name, 'seed': seed}).prompts[1]) for seed in range(12)]
+    )
+    / 40
+    for name in (0.1, 0.5)
+  }
   assert share[0.1] == pytest.approx(0.1, abs=0.06) and share[0.5] == pytest.approx(0.5, abs=0.1)
   few = make(**{'data.max_examples': 7})
   assert texts(few.prompts[0]) | texts(few.prompts[1]) == {f'How is {i}?' for i in range(7)}
@@ -628,27 +869,45 @@ def test_data_of_a_path(tmp_path):
 
 
 def test_the_world_of_the_quickstart():
-  """Counts as they are asked for; a labeller without noise ranks by the gold score, one of much noise by chance."""
+  """A labeller without noise ranks by the gold score, one of much noise by chance."""
+
   def made(**world):
     asked = []
 
     def answer(examples, samples):
       asked.append((len(examples), samples))
-      return [[f'It is {i}.', 'The capital of Peru is Lima.', 'No.', 'Well, well, well.'][:samples]
-              for i in range(len(examples))]
-    task = quickstart.make_task(configs.override(quickstart.EXPERIMENT, {f'world.{k}': x for k, x in world.items()}))
+      return [
+        [f'It is {i}.', 'The capital of Peru is Lima.', 'No.', 'Well, well, well.'][:samples]
+        for i in range(len(examples))
+      ]
+
+    task = quickstart.make_task(
+      configs.override(quickstart.EXPERIMENT, {f'world.{k}': x for k, x in world.items()})
+    )
     return task, task.comparisons(answer), asked
-  task, (ranked, _), asked = made(demonstrations=70, ranked_prompts=60, held_out_rankings=3, answers_per_prompt=2,
-                                  noise=1e-6)
+
+  task, (ranked, _), asked = made(
+    demonstrations=70, ranked_prompts=60, held_out_rankings=3, answers_per_prompt=2, noise=1e-6
+  )
   assert len(task.demonstrations[0]) == 70
   assert asked == [(60, 2), (3 * len(task.prompts[1]), 2)]
-  assert made(demonstrations=70, answers_per_prompt=4, ranked_prompts=50, held_out_rankings=1)[2] == [
-    (50, 4), (len(task.prompts[1]), 4)]
-  agree = lambda examples: np.mean([(scores[0] > scores[1]) == (example.ranks[0] < example.ranks[1]) for example in examples
-                                    if len(scores := simulated.gold_scores(example, example.responses)) == 2
-                                    and scores[0] != scores[1]])
+  assert made(demonstrations=70, answers_per_prompt=4, ranked_prompts=50, held_out_rankings=1)[
+    2
+  ] == [(50, 4), (len(task.prompts[1]), 4)]
+  agree = lambda examples: np.mean(
+    [
+      (scores[0] > scores[1]) == (example.ranks[0] < example.ranks[1])
+      for example in examples
+      if len(scores := simulated.gold_scores(example, example.responses)) == 2
+      and scores[0] != scores[1]
+    ]
+  )
   assert agree(ranked) == 1
-  assert 0.3 < agree(made(demonstrations=70, ranked_prompts=200, answers_per_prompt=2, noise=1e6)[1][0]) < 0.7
+  assert (
+    0.3
+    < agree(made(demonstrations=70, ranked_prompts=200, answers_per_prompt=2, noise=1e6)[1][0])
+    < 0.7
+  )
 
 
 def test_the_sources_of_tldr(tmp_path):
@@ -657,15 +916,27 @@ def test_the_sources_of_tldr(tmp_path):
     (tmp_path / name).mkdir()
     for split, rows in (('train', 6), ('validation', 5)):
       write(tmp_path / name / f'{split}.jsonl', [row(f'{name} {split}', i) for i in range(rows)])
-  task = tldr.make_task(configs.override(tldr.EXPERIMENT, {
-    'sft_data': tmp_path / 'posts', 'comparison_data': tmp_path / 'pairs', 'held_out_examples': 3}))
+  task = tldr.make_task(
+    configs.override(
+      tldr.EXPERIMENT,
+      {
+        'sft_data': tmp_path / 'posts',
+        'comparison_data': tmp_path / 'pairs',
+        'held_out_examples': 3,
+      },
+    )
+  )
   asked = lambda split: [[example.prompt[-1].text for example in examples] for examples in split]
-  expected = lambda name: [[f'{name} train {i}' for i in range(6)], [f'{name} validation {i}' for i in range(3)]]
+  expected = lambda name: [
+    [f'{name} train {i}' for i in range(6)],
+    [f'{name} validation {i}' for i in range(3)],
+  ]
   assert asked(task.demonstrations) == asked(task.prompts) == expected('posts')
   assert asked(task.comparisons(None)) == expected('pairs')
 
 
 # ---- the table
+
 
 def _elsewhere(path, name):
   """A test of another file, which is there."""
@@ -674,62 +945,83 @@ def _elsewhere(path, name):
   return name
 
 
-WIRED = dict.fromkeys((setting for _, setting in SWITCHED), test_a_setting_that_is_switched_back_shows) | {
-  'seed': test_answers_are_drawn_by_seed_and_iteration_at_the_temperature,
-  'preset': test_models_have_the_sizes_of_their_presets,
-  'pretrained': _elsewhere('test_cli.py', 'test_an_exported_directory_is_a_model_to_start_from'),
-  'reward_preset': test_models_have_the_sizes_of_their_presets,
-  'dtype': test_every_program_multiplies_in_the_dtype,
-  'attention': test_attention_is_the_kernel_that_is_asked_for,
-  'remat': test_what_differentiates_makes_blocks_again,
-  'scan_layers': test_layers_are_scanned,
-  'mesh.runner': test_a_mesh_has_the_devices_that_are_asked_for_and_cuts_parameters_over_them,
-  'mesh.data': test_a_mesh_that_does_not_fit_the_devices,
-  'mesh.fsdp': test_a_mesh_has_the_devices_that_are_asked_for_and_cuts_parameters_over_them,
-  'mesh.tensor': test_a_mesh_has_the_devices_that_are_asked_for_and_cuts_parameters_over_them,
-  'mesh.cpu_devices': test_cpu_devices,
-  'data.path': test_data_of_a_path,
-  'data.skip_bad_rows': test_data_of_a_path,
-  'data.held_out_share': test_data_of_a_path,
-  'data.max_examples': test_data_of_a_path,
-  'data.limits.prompt_tokens': test_answers_are_drawn_by_seed_and_iteration_at_the_temperature,
-  'data.limits.response_tokens': test_answers_are_drawn_by_seed_and_iteration_at_the_temperature,
-  'data.limits.too_long': _elsewhere('stages/test_ppo_stage.py',
-                                     'test_prompts_over_the_limit_are_skipped_and_counted_or_cut'),
-  'sft.microbatches': test_batches_are_computed_in_microbatches,
-  'sft.packed': test_packed_demonstrations_share_rows_and_each_is_seen_as_often,
-  'sft.optimizer.moment_dtype': test_moments_are_stored_in_their_dtype,
-  'sft.optimizer.value_rate': test_a_stage_is_the_second_implementation,        # it has no value, so it must change nothing
-  'sft.evaluate_every': test_evaluations_checkpoints_samples_and_event_files,
-  'sft.checkpoint_every': test_evaluations_checkpoints_samples_and_event_files,
-  'reward.microbatches': test_batches_are_computed_in_microbatches,
-  'reward.optimizer.moment_dtype': test_moments_are_stored_in_their_dtype,
-  'reward.optimizer.value_rate': test_a_stage_is_the_second_implementation,
-  'reward.evaluate_every': test_evaluations_checkpoints_samples_and_event_files,
-  'reward.checkpoint_every': test_evaluations_checkpoints_samples_and_event_files,
-  'ppo.batch_size': test_answers_are_drawn_by_seed_and_iteration_at_the_temperature,
-  'ppo.slots': test_so_many_answers_are_decoded_at_a_time,
-  'ppo.gather': test_weights_are_gathered_once_before_decoding,
-  'ppo.lengths': _elsewhere('stages/test_ppo_stage.py', 'test_a_run_with_several_lengths'),
-  'ppo.microbatches': test_batches_are_computed_in_microbatches,
-  'ppo.optimizer.moment_dtype': test_moments_are_stored_in_their_dtype,
-  'ppo.held_out_answers': test_the_table_is_measured_on_answers_to_held_out_prompts,
-  'ppo.samples_every': test_evaluations_checkpoints_samples_and_event_files,
-  'ppo.checkpoint_every': test_evaluations_checkpoints_samples_and_event_files,
-  'tensorboard': test_nothing_is_written_for_tensorboard_and_the_project_goes_to_wandb,
-  'wandb': test_nothing_is_written_for_tensorboard_and_the_project_goes_to_wandb,
-  **dict.fromkeys((f'world.{name}' for name in ('demonstrations', 'ranked_prompts', 'held_out_rankings',
-                                                'answers_per_prompt', 'noise')), test_the_world_of_the_quickstart),
-  **dict.fromkeys(('sft_data', 'comparison_data', 'held_out_examples'), test_the_sources_of_tldr),
-}
+WIRED = (
+  dict.fromkeys((setting for _, setting in SWITCHED), test_a_setting_that_is_switched_back_shows)
+  | {
+    'seed': test_answers_are_drawn_by_seed_and_iteration_at_the_temperature,
+    'preset': test_models_have_the_sizes_of_their_presets,
+    'pretrained': _elsewhere('test_cli.py', 'test_an_exported_directory_is_a_model_to_start_from'),
+    'reward_preset': test_models_have_the_sizes_of_their_presets,
+    'dtype': test_every_program_multiplies_in_the_dtype,
+    'attention': test_attention_is_the_kernel_that_is_asked_for,
+    'remat': test_what_differentiates_makes_blocks_again,
+    'scan_layers': test_layers_are_scanned,
+    'mesh.runner': test_a_mesh_has_the_devices_that_are_asked_for_and_cuts_parameters_over_them,
+    'mesh.data': test_a_mesh_that_does_not_fit_the_devices,
+    'mesh.fsdp': test_a_mesh_has_the_devices_that_are_asked_for_and_cuts_parameters_over_them,
+    'mesh.tensor': test_a_mesh_has_the_devices_that_are_asked_for_and_cuts_parameters_over_them,
+    'mesh.cpu_devices': test_cpu_devices,
+    'data.path': test_data_of_a_path,
+    'data.skip_bad_rows': test_data_of_a_path,
+    'data.held_out_share': test_data_of_a_path,
+    'data.max_examples': test_data_of_a_path,
+    'data.limits.prompt_tokens': test_answers_are_drawn_by_seed_and_iteration_at_the_temperature,
+    'data.limits.response_tokens': test_answers_are_drawn_by_seed_and_iteration_at_the_temperature,
+    'data.limits.too_long': _elsewhere(
+      'stages/test_ppo_stage.py', 'test_prompts_over_the_limit_are_skipped_and_counted_or_cut'
+    ),
+    'sft.microbatches': test_batches_are_computed_in_microbatches,
+    'sft.packed': test_packed_demonstrations_share_rows_and_each_is_seen_as_often,
+    'sft.optimizer.moment_dtype': test_moments_are_stored_in_their_dtype,
+    # These two have no value function: nothing must change.
+    'sft.optimizer.value_rate': test_a_stage_is_the_second_implementation,
+    'sft.evaluate_every': test_evaluations_checkpoints_samples_and_event_files,
+    'sft.checkpoint_every': test_evaluations_checkpoints_samples_and_event_files,
+    'reward.microbatches': test_batches_are_computed_in_microbatches,
+    'reward.optimizer.moment_dtype': test_moments_are_stored_in_their_dtype,
+    'reward.optimizer.value_rate': test_a_stage_is_the_second_implementation,
+    'reward.evaluate_every': test_evaluations_checkpoints_samples_and_event_files,
+    'reward.checkpoint_every': test_evaluations_checkpoints_samples_and_event_files,
+    'ppo.batch_size': test_answers_are_drawn_by_seed_and_iteration_at_the_temperature,
+    'ppo.slots': test_so_many_answers_are_decoded_at_a_time,
+    'ppo.gather': test_weights_are_gathered_once_before_decoding,
+    'ppo.lengths': _elsewhere('stages/test_ppo_stage.py', 'test_a_run_with_several_lengths'),
+    'ppo.microbatches': test_batches_are_computed_in_microbatches,
+    'ppo.optimizer.moment_dtype': test_moments_are_stored_in_their_dtype,
+    'ppo.held_out_answers': test_the_table_is_measured_on_answers_to_held_out_prompts,
+    'ppo.samples_every': test_evaluations_checkpoints_samples_and_event_files,
+    'ppo.checkpoint_every': test_evaluations_checkpoints_samples_and_event_files,
+    'tensorboard': test_nothing_is_written_for_tensorboard_and_the_project_goes_to_wandb,
+    'wandb': test_nothing_is_written_for_tensorboard_and_the_project_goes_to_wandb,
+    **dict.fromkeys(
+      (
+        f'world.{name}'
+        for name in (
+          'demonstrations',
+          'ranked_prompts',
+          'held_out_rankings',
+          'answers_per_prompt',
+          'noise',
+        )
+      ),
+      test_the_world_of_the_quickstart,
+    ),
+    **dict.fromkeys(('sft_data', 'comparison_data', 'held_out_examples'), test_the_sources_of_tldr),
+  }
+)
 
 
 def test_every_setting_has_a_check():
-  settings = {name for experiment in (Experiment(), quickstart.EXPERIMENT, tldr.EXPERIMENT, hh.EXPERIMENT)
-              for name in configs.fields(experiment)}
+  settings = {
+    name
+    for experiment in (Experiment(), quickstart.EXPERIMENT, tldr.EXPERIMENT, hh.EXPERIMENT)
+    for name in configs.fields(experiment)
+  }
   unchecked, unknown = sorted(settings - set(WIRED)), sorted(set(WIRED) - settings)
   assert not unchecked, (
-    f'no check in WIRED for {", ".join(unchecked)}. Give one of the runs above another value than the default and teach the '
-    'second implementation what the setting means; or write a test that sets it and compares what it is for with an '
-    'expectation of your own. Then break the wiring, see the test fail, and name it in WIRED.')
+    f'no check in WIRED for {", ".join(unchecked)}. Give one of the runs above another value '
+    'than the default, and teach the second implementation what the setting means; or write a test '
+    'that sets it and compares what it is for with an expectation of your own. Then break the '
+    'wiring, see the test fail, and name it in WIRED.'
+  )
   assert not unknown, f'WIRED names {", ".join(unknown)}, which no config has. Remove the line.'
