@@ -72,6 +72,7 @@ PPO = {
     'ppo.experience.whiten_rewards': True, 'ppo.experience.bessel': False,
     'ppo.optimizer.learning_rate': 0.01, 'ppo.optimizer.schedule': 'cosine',
     'ppo.optimizer.warmup_steps': 1, 'ppo.optimizer.final_share': 0.25,
+    'ppo.optimizer.epsilon': 1e-3,
   },
   'others': {
     'ppo.iterations': 2, 'ppo.epochs': 2, 'ppo.minibatches': 2, 'ppo.microbatches': 2,
@@ -87,8 +88,8 @@ PPO = {
   },
   'shared': {
     'ppo.iterations': 6, 'ppo.epochs': 1, 'ppo.minibatches': 1, 'ppo.shared_trunk': True,
-    'ppo.kl_stop_nats_per_sequence': 0.4, 'ppo.experience.kl_estimator': 'k2', 'ppo.kl_weight': 1.0,
-    'ppo.optimizer.learning_rate': 0.003,
+    'ppo.kl_stop_nats_per_sequence': 1.0, 'ppo.experience.kl_estimator': 'k2', 'ppo.kl_weight': 1.0,
+    'ppo.optimizer.learning_rate': 0.01, 'ppo.optimizer.epsilon': 1e-3,
   },
 }
 FUNCTIONS = {  # of the run 'others'; every score that it learns from is finite and no two are equal
@@ -589,7 +590,7 @@ def test_the_table_is_measured_on_answers_to_held_out_prompts(ppo_runs, recorded
 # ---- what is written when
 
 
-def test_evaluations_checkpoints_samples_and_event_files(first, ppo_runs):
+def test_evaluations_checkpoints_and_event_files(first):
   measured = lambda made, stage: [
     row['step'] for row in read_metrics(made.run.stage(stage)) if 'held_out/loss' in row
   ]
@@ -600,11 +601,14 @@ def test_evaluations_checkpoints_samples_and_event_files(first, ppo_runs):
     5,
   ]
   assert first['sft'].seen.saved == [2, 4, 6, 7] and first['reward'].seen.saved == [3, 5]
+  assert list((first['sft'].run.stage('sft') / 'tensorboard').glob('events*'))
+
+
+def test_checkpoints_and_samples_of_ppo(ppo_runs):
   leash = ppo_runs('leash')
   assert leash.seen.saved == [3, 4]
   assert [row['step'] for row in read_samples(leash.run.stage('ppo'))] == [3] * 8 + [4] * 8
   assert [row['step'] for row in read_metrics(leash.run.stage('ppo'))] == [1, 2, 3, 4]
-  assert list((first['sft'].run.stage('sft') / 'tensorboard').glob('events*'))
 
 
 def test_packed_demonstrations_share_rows_and_each_is_seen_as_often(first):
@@ -975,13 +979,13 @@ WIRED = (
     'sft.optimizer.moment_dtype': test_moments_are_stored_in_their_dtype,
     # These two have no value function: nothing must change.
     'sft.optimizer.value_rate': test_a_stage_is_the_second_implementation,
-    'sft.evaluate_every': test_evaluations_checkpoints_samples_and_event_files,
-    'sft.checkpoint_every': test_evaluations_checkpoints_samples_and_event_files,
+    'sft.evaluate_every': test_evaluations_checkpoints_and_event_files,
+    'sft.checkpoint_every': test_evaluations_checkpoints_and_event_files,
     'reward.microbatches': test_batches_are_computed_in_microbatches,
     'reward.optimizer.moment_dtype': test_moments_are_stored_in_their_dtype,
     'reward.optimizer.value_rate': test_a_stage_is_the_second_implementation,
-    'reward.evaluate_every': test_evaluations_checkpoints_samples_and_event_files,
-    'reward.checkpoint_every': test_evaluations_checkpoints_samples_and_event_files,
+    'reward.evaluate_every': test_evaluations_checkpoints_and_event_files,
+    'reward.checkpoint_every': test_evaluations_checkpoints_and_event_files,
     'ppo.batch_size': test_answers_are_drawn_by_seed_and_iteration_at_the_temperature,
     'ppo.slots': test_so_many_answers_are_decoded_at_a_time,
     'ppo.gather': test_weights_are_gathered_once_before_decoding,
@@ -989,8 +993,8 @@ WIRED = (
     'ppo.microbatches': test_batches_are_computed_in_microbatches,
     'ppo.optimizer.moment_dtype': test_moments_are_stored_in_their_dtype,
     'ppo.held_out_answers': test_the_table_is_measured_on_answers_to_held_out_prompts,
-    'ppo.samples_every': test_evaluations_checkpoints_samples_and_event_files,
-    'ppo.checkpoint_every': test_evaluations_checkpoints_samples_and_event_files,
+    'ppo.samples_every': test_checkpoints_and_samples_of_ppo,
+    'ppo.checkpoint_every': test_checkpoints_and_samples_of_ppo,
     'tensorboard': test_nothing_is_written_for_tensorboard_and_the_project_goes_to_wandb,
     'wandb': test_nothing_is_written_for_tensorboard_and_the_project_goes_to_wandb,
     **dict.fromkeys(

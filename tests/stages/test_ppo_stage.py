@@ -231,7 +231,8 @@ def test_slots_that_no_answer_reaches_are_cut_to_one_of_so_many_lengths(longest,
 
 def test_a_run_with_several_lengths(finished, tmp_path):
   """Prompts of 14 tokens at most are padded to fewer, and each says what it says in a run of one length."""
-  run, seen = prepare(copy(finished, tmp_path, 'tokenizer', 'sft', 'reward'), settings=QUICK | {'ppo__lengths': 14}), []
+  settings, seen = {'ppo__lengths': 18, 'ppo__batch_size': 2, 'data__limits__response_tokens': 18}, []
+  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft', 'reward'), settings=QUICK | settings)
   with pytest.MonkeyPatch.context() as patch:
     trim = ppo._trimmed
     patch.setattr(ppo, '_trimmed', lambda *args: seen.append(trim(*args)) or seen[-1])
@@ -239,6 +240,7 @@ def test_a_run_with_several_lengths(finished, tmp_path):
   for rollout in seen:                                                          # the longest of each fills its slots
     assert rollout.valid_BT[:, 0].any() and rollout.mask_BR[:, -1].any()
     assert rollout.tokens_BT.shape[1] - rollout.mask_BR.shape[1] < 14
+  assert min(rollout.mask_BR.shape[1] for rollout in seen) < 18
   rows = timeless(run.stage('ppo'))
   assert rows[0]['kl_nats_per_sequence'] == 0 and rows[0]['first_ratio'] == pytest.approx(1, abs=1e-5)
 
