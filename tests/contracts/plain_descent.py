@@ -62,32 +62,26 @@ def bradley_terry(params, prompts, centring_weight):
   return total / len(prompts), {'accuracy': right / pairs, 'score': float(np.mean(every))}
 
 
-def order(lengths, batch_size, longest, seed, epoch, buckets=4):
-  """The batches of an epoch, as numbers of rows: shuffled, by length, then the batches shuffled.
-
-  A bucket takes rows up to a length. What does not fill a batch goes to the next bucket.
-  """
-  chance, batches, waiting = np.random.default_rng((seed, epoch)), [], []
-  shuffled, edges = (
-    chance.permutation(len(lengths)),
-    [-(-longest * i // buckets) for i in range(buckets + 1)],
-  )
-  for low, high in itertools.pairwise(edges):
-    for row in shuffled:
-      if low < lengths[row] <= high:
-        waiting.append(int(row))
-    while len(waiting) >= batch_size:
-      batches.append(waiting[:batch_size])
-      waiting = waiting[batch_size:]
-  return [batches[i] for i in chance.permutation(len(batches))]
-
-
 def batches(rows, lengths, batch_size, longest, seed, count, buckets=4):
-  """The first so many batches of rows, epoch after epoch."""
-  assert len(rows) >= batch_size
-  chosen, epoch = [], 0
+  """The first so many batches of rows, epoch after epoch.
+
+  Rows come from an endless stream, one permutation of them after another. An epoch takes as many as
+  fill whole batches, the short ones together; what does not fill a batch goes to those a little
+  longer. Then the batches are shuffled.
+  """
+  permutation = lambda number: np.random.default_rng((seed, number)).permutation(len(rows)).tolist()
+  stream = itertools.chain.from_iterable(map(permutation, itertools.count()))
+  edges, chosen, epoch = [-(-longest * i // buckets) for i in range(buckets + 1)], [], 0
   while len(chosen) < count:
-    chosen += order(lengths, batch_size, longest, seed, epoch, buckets)
+    taken = list(itertools.islice(stream, len(rows) // batch_size * batch_size))
+    made, waiting = [], []
+    for low, high in itertools.pairwise(edges):
+      waiting += [row for row in taken if low < lengths[row] <= high]
+      while len(waiting) >= batch_size:
+        made.append(waiting[:batch_size])
+        waiting = waiting[batch_size:]
+    assert made and not waiting
+    chosen += [made[i] for i in np.random.default_rng((seed, epoch, 1)).permutation(len(made))]
     epoch += 1
   return [[rows[i] for i in batch] for batch in chosen[:count]]
 

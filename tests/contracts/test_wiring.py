@@ -107,7 +107,7 @@ def fetched(tree):
 
 def encoded(run, kind, examples):
   """The token rows of examples; kind: demonstrations, comparisons or prompts."""
-  return getattr(encode, kind)(examples, run.tokenizer, run.experiment.data.limits)[0]
+  return getattr(encode, kind)(examples, run.chat, run.experiment.data.limits)[0]
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -359,6 +359,24 @@ def of_descent(made, stage):
   return updates + [(numpy(flat(fetched(stage.restore(made.run)))), rows[-1])]
 
 
+def said_in(run, rollout):
+  """The texts of a rollout's answers, by the tokenizer alone."""
+  rollout, P = fetched(rollout), rollout.tokens_BT.shape[1] - rollout.mask_BR.shape[1]
+  return [
+    run.chat.tokenizer.decode(tokens[P:][mask], skip_special_tokens=True)
+    for tokens, mask in zip(rollout.tokens_BT, rollout.mask_BR)
+  ]
+
+
+def asked_in(run, rollout):
+  """The texts of a rollout's prompts: every special token of them belongs to the template."""
+  rollout, P = fetched(rollout), rollout.tokens_BT.shape[1] - rollout.mask_BR.shape[1]
+  return [
+    run.chat.tokenizer.decode(tokens[:P][valid[:P]], skip_special_tokens=True)
+    for tokens, valid in zip(rollout.tokens_BT, rollout.valid_BT)
+  ]
+
+
 def plain_ppo_of(made, experiment):
   """What PPO of an experiment comes to on the answers of a recorded run."""
   run, config = made.run, experiment.ppo
@@ -379,14 +397,14 @@ def plain_ppo_of(made, experiment):
   }
   extra = []
   for _, rollout in made.seen.answers:
-    texts = ppo.texts_of(run, rollout)
+    said = said_in(run, rollout)
     extra.append(
       sum(
         (
-          weight * np.array(function(*texts))
+          weight * np.array(function(None, said))
           for function, weight in run.task.reward_functions.values()
         ),
-        np.zeros(len(texts[0])),
+        np.zeros(len(said)),
       )
     )
   return plain_ppo.train(
@@ -535,7 +553,8 @@ def test_labellers_are_given_answers_of_the_sft_policy_at_the_temperature(first)
     assert odd(key=key, temperature=0.7) == 0
     assert odd(key=key, temperature=1.0) > 3 and odd(key=jax.random.key(5), temperature=0.7) > 8
     heard |= {
-      int(sample): texts for sample, *texts in zip(rollout.sample_B, *ppo.texts_of(run, rollout))
+      int(sample): texts
+      for sample, *texts in zip(rollout.sample_B, asked_in(run, rollout), said_in(run, rollout))
     }
   assert [heard[2 * i + j] for i in range(5) for j in range(2)] == [
     [example.prompt[-1].text, text] for example, texts in zip(examples, said) for text in texts
@@ -856,20 +875,37 @@ def test_data_of_a_path(tmp_path):
   )
   make = lambda **data: hh.make_task(configs.override(hh.EXPERIMENT, {'data.path': path} | data))
   texts = lambda examples: {example.prompt[-1].text for example in examples}
-  whole = make()
+  whole = make(**{'data.held_out_share': 0.3})
   assert texts(whole.prompts[0]) | texts(whole.prompts[1]) == {f'How is {i}?' for i in range(40)}
   share = {
     name: np.mean(
       [len(make(**{'data.held_out_share': name, 'seed': seed}).prompts[1]) for seed in range(12)]
     )
     / 40
-    for name in (0.1, 0.5)
+    for name in (0.2, 0.5)
   }
-  assert share[0.1] == pytest.approx(0.1, abs=0.06) and share[0.5] == pytest.approx(0.5, abs=0.1)
-  few = make(**{'data.max_examples': 7})
+  assert share[0.2] == pytest.approx(0.2, abs=0.06) and share[0.5] == pytest.approx(0.5, abs=0.1)
+  few = make(**{'data.max_examples': 7, 'data.held_out_share': 0.5})
   assert texts(few.prompts[0]) | texts(few.prompts[1]) == {f'How is {i}?' for i in range(7)}
   with pytest.raises(DataError, match=r"all\.jsonl row 31: 'chosen' equals 'rejected'"):
     make(**{'data.skip_bad_rows': False})
+
+
+def test_data_of_splits(tmp_path):
+  """Files of four splits; each question says which it is of."""
+  for split in ('train', 'train_sft', 'test_sft', 'other'):
+    write(
+      tmp_path / f'{split}.jsonl',
+      [{'prompt': f'{split} {i}', 'chosen': 'Yes.', 'rejected': 'No.'} for i in range(9)],
+    )
+  make = lambda **data: hh.make_task(
+    configs.override(hh.EXPERIMENT, {'data.path': tmp_path} | data)
+  )
+  of = lambda task: [{example.prompt[-1].text.split()[0] for example in p} for p in task.prompts]
+  assert of(make(**{'data.held_out_share': 0.4})) == [{'train'}, {'train'}]  # there is no split test
+  assert of(make(**{'data.split': 'train_sft'})) == [{'train_sft'}, {'test_sft'}]
+  named = make(**{'data.split': 'other', 'data.held_out_split': 'train'})
+  assert of(named) == [{'other'}, {'train'}]
 
 
 def test_the_world_of_the_quickstart():
@@ -891,9 +927,14 @@ def test_the_world_of_the_quickstart():
     return task, task.comparisons(answer), asked
 
   task, (ranked, _), asked = made(
-    demonstrations=70, ranked_prompts=60, held_out_rankings=3, answers_per_prompt=2, noise=1e-6
+    demonstrations=70,
+    held_out_demonstrations=13,
+    ranked_prompts=60,
+    held_out_rankings=3,
+    answers_per_prompt=2,
+    noise=1e-6,
   )
-  assert len(task.demonstrations[0]) == 70
+  assert [len(part) for part in task.demonstrations] == [70, 13]
   assert asked == [(60, 2), (3 * len(task.prompts[1]), 2)]
   assert made(demonstrations=70, answers_per_prompt=4, ranked_prompts=50, held_out_rankings=1)[
     2
@@ -936,7 +977,7 @@ def test_the_sources_of_tldr(tmp_path):
     [f'{name} validation {i}' for i in range(3)],
   ]
   assert asked(task.demonstrations) == asked(task.prompts) == expected('posts')
-  assert asked(task.comparisons(None)) == expected('pairs')
+  assert asked(task.comparisons) == expected('pairs')
 
 
 # ---- the table
@@ -968,6 +1009,8 @@ WIRED = (
     'data.path': test_data_of_a_path,
     'data.skip_bad_rows': test_data_of_a_path,
     'data.held_out_share': test_data_of_a_path,
+    'data.split': test_data_of_splits,
+    'data.held_out_split': test_data_of_splits,
     'data.max_examples': test_data_of_a_path,
     'data.limits.prompt_tokens': test_answers_are_drawn_by_seed_and_iteration_at_the_temperature,
     'data.limits.response_tokens': test_answers_are_drawn_by_seed_and_iteration_at_the_temperature,
@@ -1002,6 +1045,7 @@ WIRED = (
         f'world.{name}'
         for name in (
           'demonstrations',
+          'held_out_demonstrations',
           'ranked_prompts',
           'held_out_rankings',
           'answers_per_prompt',
