@@ -53,6 +53,7 @@ class Counts:
   truncated: int = 0  # prompt or response cut to the limits
   refused: int = 0  # left out: the template or the tokenizer cannot say them
   equal: int = 0  # comparisons left out: their responses became the same tokens
+  equal_responses: int = 0  # responses left out of the other comparisons: the same tokens as one of a better rank
   apart: int = 0  # earlier turns trained in a row of their own
   untrained: int = 0  # earlier turns that could not be
   first_refusal: str = ''
@@ -65,17 +66,14 @@ class Counts:
       (self.truncated, f'{self.truncated:,} {of} are longer than --data.limits allow, and are truncated'),
       (self.refused, f'{self.refused:,} {of} cannot be encoded, and are skipped; the first: {self.first_refusal}'),
       (self.equal, f'{self.equal:,} {of} have responses that became the same tokens, and are skipped'),
+      (self.equal_responses, f'{self.equal_responses:,} responses became the same tokens as a better ranked one to the same '
+                             'prompt, and are left out'),
       (self.apart, f'{self.apart:,} earlier turns of the assistant are trained in rows of their own, since the chat '
                    'template renders them differently once others follow'),
       (self.untrained, f'{self.untrained:,} earlier turns of the assistant are not trained, since the chat template does '
                        'not say where they stand'),
     ]
     return [sentence for count, sentence in said if count]
-
-  def __add__(self, other: 'Counts') -> 'Counts':
-    numbers = {field.name: getattr(self, field.name) + getattr(other, field.name)
-               for field in dataclasses.fields(self) if field.name != 'first_refusal'}
-    return Counts(**numbers, first_refusal=self.first_refusal or other.first_refusal)
 
 
 class Encoded(NamedTuple):
@@ -100,7 +98,7 @@ def comparisons(examples: Sequence[Example], chat: Chat, limits: Limits, *, skip
                 progress: Progress | None = None) -> Encoded:
   """RankedRows; an example is left out with any of its responses. An `Answer` keeps the ids that were sampled.
 
-  Of responses that become the same tokens the best ranked stays. Raises as `demonstrations` does.
+  Of responses that become the same tokens those of the best rank stay. Raises as `demonstrations` does.
   """
   return _encoded(examples, chat, limits, skip_bad_rows, progress, _comparison_rows)
 
@@ -155,25 +153,21 @@ def _comparison_rows(batch, asked):
     example = batch.examples[number]
     rows = [batch.answered(number, prompt, response) if isinstance(response, Answer) else found.get((number, which))
             for which, response in enumerate(example.responses)]
-    if None not in rows:
-      ranked.append(_distinct(RankedRows(rows, list(example.ranks), number)))
-  batch.counts.equal += ranked.count(None)
-  return [each for each in ranked if each is not None]
+    consistent = None if None in rows else _consistent(RankedRows(rows, list(example.ranks), number))
+    if consistent is not None:
+      ranked.append(consistent)
+      batch.counts.equal_responses += len(rows) - len(consistent.rows)
+    elif None not in rows:
+      batch.counts.equal += 1
+  return ranked
 
 
-def _distinct(ranked):
-  """Without the responses that are the same tokens as one of a better rank; None where nothing is left to compare."""
+def _consistent(ranked):
+  """Without responses that are the same tokens as one of a better rank; None where no two ranks are left."""
   best = {}
-  for row, rank in sorted(zip(ranked.rows, ranked.ranks), key=lambda pair: pair[1]):
-    best.setdefault(tuple(row.ids), rank)
-  if len(best) == len(ranked.rows):
-    return ranked
-  kept, seen = [], set()
   for row, rank in zip(ranked.rows, ranked.ranks):
-    ids = tuple(row.ids)
-    if rank == best[ids] and ids not in seen:
-      kept.append((row, rank))
-      seen.add(ids)
+    best[tuple(row.ids)] = min(rank, best.get(tuple(row.ids), rank))
+  kept = [(row, rank) for row, rank in zip(ranked.rows, ranked.ranks) if rank == best[tuple(row.ids)]]
   if len({rank for _, rank in kept}) < 2:
     return None
   return RankedRows([row for row, _ in kept], [rank for _, rank in kept], ranked.example)

@@ -303,9 +303,10 @@ class TestEqualResponses:
       (('a', ' a', 'b'), (0, 0, 0), None),
       (('a', ' a', 'b'), (0, 1, 0), None),
       (('a', 'b', 'c'), (0, 0, 1), ([0, 0, 1], ['a', 'b', 'c'])),
+      (('a', ' a', 'b'), (1, 1, 0), ([1, 1, 0], ['a', 'a', 'b'])),
     ],
   )
-  def test_of_several_the_best_ranked_stays(self, responses, ranks, kept):
+  def test_of_several_the_best_ranked_stay(self, responses, ranks, kept):
     """None: what is left has one rank, which says nothing."""
     chat = chat_with(TRIMS)
     ranked, counts = encode.comparisons(
@@ -316,7 +317,7 @@ class TestEqualResponses:
     else:
       texts = [decoded(chat, row)[1].removesuffix('<|end|>') for row in ranked[0].rows]
       assert (ranked[0].ranks, texts) == kept
-      assert counts == Counts(2)
+      assert counts == Counts(2, equal_responses=len(responses) - len(texts))
 
   def test_none_left_says_why(self):
     with pytest.raises(
@@ -462,12 +463,9 @@ def test_many_examples_are_encoded_like_one_and_progress_is_told(chat):
     assert {row.example for row in each.rows} == {each.example}
 
 
-def test_counts_add_up():
-  one = Counts(
-    4, too_long=1, truncated=2, refused=3, equal=4, apart=5, untrained=6, first_refusal=''
-  )
-  two = Counts(1, 1, 1, 1, 1, 1, 1, 'row 1')
-  assert one + two == Counts(5, 2, 3, 4, 5, 6, 7, 'row 1')
-  assert (two + Counts(first_refusal='row 2')).first_refusal == 'row 1'
-  assert len((one + two).sentences()) == 6
+def test_each_count_is_said_in_a_sentence_of_its_own():
+  counts = Counts(29, 1, 2, 3, 4, 7, 5, 6, 'row 1')
+  said = counts.sentences()
+  assert [sentence.split()[0] for sentence in said] == list('1234756')
+  assert said[2].endswith('the first: row 1') and len(set(said)) == 7
   assert Counts(9).sentences() == []
