@@ -204,21 +204,46 @@ def _chat(tokenizer, generation_ends, vocab_size, began):
     print(f'the generation config names the end tokens {unknown}, which are ordinary text to this tokenizer; they are left '
           'out')
   ends = open_chat(tokenizer, generation_ends=generation_ends, began=began).end_tokens
-  tokenizer = with_pad_token(tokenizer, vocab_size, ends)
+  try:
+    tokenizer = with_pad_token(tokenizer, vocab_size, ends)
+  except ConfigError as error:
+    print(f'Exported reward models will be scored a token early by transformers: {error}')
   return open_chat(tokenizer, generation_ends=generation_ends, pad_token=tokenizer.pad_token_id, began=began)
 
 
 def _keep_data_facts(directory, task):
-  """Writes down when the run began and what its data is; ConfigError where a stage has begun with other data."""
+  """Writes down when the run began and what its data is; ConfigError where a stage has begun with other data.
+
+  Before a stage has begun, what was made of other data is forgotten.
+  """
   path, now = directory / _DATA_FACTS, _data_facts(task)
-  facts = json.loads(path.read_text()) if path.exists() else {'began': datetime.datetime.now().isoformat()}
+  begun = any((directory / name).exists() for name in _STAGES)
+  facts = _read_data_facts(path)
+  if begun and not facts:
+    print(f'{path} is absent, so nobody knows whether the data is that which the run began with')
   changed = [f'{name}: {_counted(facts[name])} -> {_counted(now[name])}'
              for name in now if facts.get(name, now[name]) != now[name]]
-  if changed and any((directory / name).exists() for name in _STAGES):
+  if changed and begun:
     raise ConfigError(f'the data of the run in {directory} has changed since it began; {"; ".join(changed)}. Go on with the '
                       'data that it began with, or pass another --run-dir, or --restart to delete the run and start anew.')
+  if changed:
+    shutil.rmtree(directory / 'tokenizer', ignore_errors=True)
   directory.mkdir(parents=True, exist_ok=True)
-  _write_whole(path, json.dumps(facts | now, indent=2))
+  _write_whole(path, json.dumps({'began': datetime.datetime.now().isoformat()} | facts | now, indent=2))
+
+
+def _read_data_facts(path):
+  """What `_keep_data_facts` wrote; nothing where there is no file."""
+  if not path.exists():
+    return {}
+  try:
+    facts = json.loads(path.read_text())
+    datetime.datetime.fromisoformat(facts['began'])
+    _ = [_counted(fact) for name, fact in facts.items() if name != 'began']
+  except (ValueError, KeyError, TypeError) as error:
+    raise CheckpointError(f'{path} is damaged ({type(error).__name__}: {error}): it should say when the run began, and what '
+                          'its data is. Restore it, or delete it, if you are sure that the data is the same.') from error
+  return facts
 
 
 def _data_facts(task):

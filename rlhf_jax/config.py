@@ -50,9 +50,11 @@ class DataConfig:
   def __post_init__(self):
     if not 0 < self.held_out_share < 1:
       raise ConfigError(f'data held_out_share={self.held_out_share}. It must lie between 0 and 1, for example 0.05.')
-    if self.split == self.held_out_split:
-      raise ConfigError(f'data split and held_out_split are both {self.split!r}. What is trained '
-                        'on is not held out: name two splits, or leave held_out_split out.')
+    held_out = self.held_out_split or ''
+    whole = self.split.partition('[')[0] == held_out.partition('[')[0] and not ('[' in self.split and '[' in held_out)
+    if self.split == held_out or whole:                                           # train, or train and train[:5%]
+      raise ConfigError(f'data split is {self.split!r} and held_out_split {held_out!r}. What is trained on is not held '
+                        'out: name two splits, two parts of one, or leave held_out_split out.')
 
 
 def _positive(config, *names):
@@ -159,7 +161,7 @@ class Experiment:
 
   def __post_init__(self):
     check_fields('experiment', self, (
-      'seed', 0 <= self.seed < 2 ** 31, 'from 0 to 2147483647: JAX keys hold no more, and would repeat',
+      'seed', 0 <= self.seed < 2 ** 31, 'from 0 to 2147483647: a key of JAX has 32 bits, and larger seeds repeat it',
       'Pass a smaller number, for example 0'))
 
 

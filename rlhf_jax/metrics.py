@@ -259,7 +259,7 @@ class Counter:
     if self._bar:
       self._bar.stop()
 
-  def update(self, done, total=None):
+  def update(self, done):
     """`done` of all are done."""
     if self._bar:
       self._bar.update(self._task, completed=done)

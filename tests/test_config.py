@@ -199,7 +199,10 @@ def test_help_has_the_comments(capsys):
 @pytest.mark.parametrize('make, says', [
   (lambda: DataConfig(held_out_share=0.0), 'data held_out_share=0.0. It must lie between 0 and 1'),
   (lambda: DataConfig(held_out_share=1.0), 'data held_out_share=1.0'),
-  (lambda: DataConfig(split='train_sft', held_out_split='train_sft'), "split and held_out_split are both 'train_sft'"),
+  (lambda: DataConfig(split='train_sft', held_out_split='train_sft'),
+   "split is 'train_sft' and held_out_split 'train_sft'. What is trained on is not held out"),
+  (lambda: DataConfig(held_out_split='train[:5%]'), r"split is 'train' and held_out_split 'train\[:5%\]'"),
+  (lambda: DataConfig(split='train[5%:]', held_out_split='train'), r"split is 'train\[5%:\]' and held_out_split 'train'"),
   (lambda: SFTConfig(steps=0), 'SFTConfig steps=0. It must be at least 1'),
   (lambda: SFTConfig(microbatches=0), 'SFTConfig microbatches=0'),
   (lambda: RewardConfig(batch_size=-1), 'RewardConfig batch_size=-1'),
@@ -228,7 +231,7 @@ def test_help_has_the_comments(capsys):
   (lambda: ExperienceConfig(kl_limit=NAN), 'experience kl_limit=nan. It must be positive, or None for no limit'),
   (lambda: RewardConfig(centring_weight=-0.1), 'reward centring_weight=-0.1. It must be finite and not below 0'),
   (lambda: Experiment(seed=-1), 'experiment seed=-1. It must be from 0 to 2147483647'),
-  (lambda: Experiment(seed=2 ** 31), 'experiment seed=2147483648. .* and would repeat. Pass a smaller number'),
+  (lambda: Experiment(seed=2 ** 31), 'experiment seed=2147483648. .* and larger seeds repeat it. Pass a smaller number'),
 ])
 def test_what_cannot_work_is_refused(make, says):
   with pytest.raises(ConfigError, match=says):

@@ -242,7 +242,7 @@ class Chat:
     except _REFUSALS as error:
       roles = ', '.join(turn.role for turn in some[0]) or 'no turns'
       raise DataError(f'the chat template refuses a conversation of {roles}: {type(error).__name__}: '
-                      f'{_first_line(error)}') from error
+                      f'{_first_line(error).rstrip(".")}.') from error
     return list(zip(texts, marked or itertools.repeat([])))
 
   def _shielded(self, turn):
@@ -274,11 +274,12 @@ class Chat:
   def _laid_out(self, rendered, prompt_tokens, tokens):
     """The Conversation of a rendered one, from the tokens of its prompt alone and of its whole text."""
     ids, prompt_ids, prompt = tokens.ids, prompt_tokens.ids, len(rendered.prompt.text)
-    start = tokens.ending_by(prompt)
+    start = len(prompt_ids) if ids[:len(prompt_ids)] == prompt_ids else tokens.ending_by(prompt)
     if ids[:start] != prompt_ids[:start] or len(prompt_ids) - start not in (0, 1):
       raise DataError(f'the tokenizer joins the prompt and the response {rendered.whole.text[prompt:][:40]!r}: no token '
                       'ends where the prompt does, so the policy could never write the response in these tokens.')
-    mask = tokens.overlap(rendered.spans)
+    headers = () if self.marks else self._control_ids  # one that takes the space behind it reaches into the answer
+    mask = tokens.overlap(rendered.spans, never_begun_before=headers)
     if not rendered.closed:
       ids, mask = [*ids, self.end_tokens[0]], [*mask, True]
     return Conversation(ids, mask, start, rendered.apart)
@@ -331,11 +332,16 @@ class Chat:
 
   @functools.cached_property
   def _numbers(self):
-    """{control string: its number}: special tokens, and other added ones that the template writes."""
-    added = self.tokenizer.added_tokens_decoder.values()
-    control = [token.content for token in added
-               if token.special or (token.content in self.template and not token.content.isspace())]
+    """{control string: its number}: special and end tokens, and other added ones that the template writes."""
+    named = self.tokenizer.special_tokens_map.values()                           # what a template writes by name
+    control = [token.content for number, token in self.tokenizer.added_tokens_decoder.items()
+               if token.special or number in self.end_tokens or token.content in named
+               or (token.content in self.template and not token.content.isspace())]
     return {content: number for number, content in enumerate(control)}
+
+  @functools.cached_property
+  def _control_ids(self):
+    return frozenset(map(self.tokenizer.convert_tokens_to_ids, self._numbers))
 
   @functools.cached_property
   def _control(self):
@@ -371,6 +377,9 @@ class Chat:
       settings['model']['vocab'] = [[name(content), score] for content, score in vocab]
     if settings['model'].get('unk_token') in model:
       settings['model']['unk_token'] = name(settings['model']['unk_token'])
+    merges = settings['model'].get('merges') or []
+    if merges:                                                                    # none may make a control token of text
+      settings['model']['merges'] = [pair for pair in merges if _merged(pair) not in self._numbers]
     renamed = tokenizers.Tokenizer.from_str(json.dumps(settings))
     for content in self._numbers:
       if renamed.token_to_id(name(content)) != self.tokenizer.convert_tokens_to_ids(content):
@@ -434,20 +443,30 @@ def _template_of(tokenizer):
 
 
 def _behind_an_answer(chat, ends):
-  """(text, closing string or None) that a Chat writes behind an answer; `ends` are strings that may close a turn."""
+  """(text, closing string or None) that a Chat writes behind an answer; `ends` are strings that are known to end one.
+
+  The closing string is the first of these. Where there is none, it is the control string that comes first behind an
+  answer, whether or not another turn follows, if it is not the one with which turns begin.
+  """
   for system in ((), (_SYSTEM,)):
     try:
       whole = chat._render((*system, *_PROBE))[0]
       followed = chat._render((*system, *_PROBE, *_PROBE[:1]))[0]
     except DataError:
       continue
+    if _PROBE[1].text not in whole:                                              # it changes what is said
+      return '', None
     behind = whole.rpartition(_PROBE[1].text)[2]
-    closing = chat._control.search(behind)
-    if closing:
-      return '', closing[0]
     between = followed.partition(_PROBE[1].text)[2].partition(_PROBE[0].text)[0]
-    closing = chat._control.search(between)                                      # of turns that others follow alone
-    return behind, closing[0] if closing and closing[0] in ends else None
+    opening = chat._control.findall(followed.partition(_PROBE[0].text)[0])[-1:]  # of a user's turn
+    last, earlier = chat._control.findall(behind), chat._control.findall(between)
+    closing = next((string for string in last if string in ends), None)
+    closers = earlier[:-1] if opening and earlier[-1:] == opening else earlier
+    if closing is None and last and last[:1] == closers[:1]:
+      closing = last[0]
+    if closing is not None:
+      return '', closing
+    return behind, next((string for string in earlier if string in ends), None)
   return '', None
 
 
@@ -462,7 +481,7 @@ def _missing_invitation(chat):
       whole, marked = chat._render((*system, *_PROBE))
     except DataError:
       continue
-    if prompt == invited and whole.startswith(prompt):
+    if prompt == invited and whole.startswith(prompt) and _PROBE[1].text in whole:
       starts = [first for first, _ in marked if first >= len(prompt)] or [whole.rindex(_PROBE[1].text)]
       return whole[len(prompt):starts[0]].rstrip(' ')
     return ''
@@ -482,6 +501,11 @@ def _or_refusal(make, *arguments):
     return make(*arguments)
   except DataError as error:
     return error
+
+
+def _merged(pair):
+  """What a merge of a BPE makes; older files have the two as one string."""
+  return ''.join(pair.split(' ') if isinstance(pair, str) else pair)
 
 
 def _name(number):

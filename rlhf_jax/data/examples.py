@@ -27,7 +27,7 @@ class Prompt(str):
 
 
 class Answer(str):
-  """What a policy said, with the `ids` that were sampled, the end token included where it `ended`.
+  """What a policy said, with the `ids` that were sampled, the end token included where it came.
 
   An answer is compared, scored and rewarded as these ids: its text may be tokenized otherwise.
   """
@@ -65,6 +65,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
   for example in examples:
     turns = [(turn.role, turn.text) for turn in example.prompt]
     ranks = [int(rank) for rank in example.ranks]
-    sampled = [response.ids for response in example.responses if isinstance(response, Answer)]
-    digest.update(json.dumps([turns, example.responses, ranks, *sampled]).encode())
+    sampled = [getattr(response, 'ids', None) for response in example.responses]
+    parts = [turns, example.responses, ranks, *([sampled] if any(sampled) else [])]
+    digest.update(json.dumps(parts).encode())
   return digest.hexdigest()

@@ -7,11 +7,12 @@ texts.
 """
 
 import bisect
+import collections
 import dataclasses
 import itertools
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 _MOST_KEPT = 2**15  # pieces
@@ -52,8 +53,13 @@ class Tokens:
       count += len(piece.ids)
     return count
 
-  def overlap(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Which tokens have a character in one of the spans, as `transformers` has it."""
+  def overlap(
+    self, spans: Sequence[tuple[int, int]], never_begun_before: Collection[int] = ()
+  ) -> list[bool]:
+    """Which tokens have a character in one of the spans, as `transformers` has it.
+
+    Those of the ids `never_begun_before` count only where they begin within the span.
+    """
     mask, first = [], 0
     for piece in self.pieces:
       within = [
@@ -64,8 +70,11 @@ class Tokens:
       is_whole = bool(within) and within[0][0] <= 0 and within[0][1] >= piece.length
       here = [is_whole] * len(piece.ids)
       for start, stop in within if not is_whole else ():
-        some = slice(_ending_by(piece.offsets, start), _beginning_before(piece.offsets, stop))
-        here[some] = [True] * len(here[some])
+        begin, end = _ending_by(piece.offsets, start), _beginning_before(piece.offsets, stop)
+        reaches_in = begin < end and piece.offsets[begin][0] < start
+        if reaches_in and piece.ids[begin] in never_begun_before:
+          begin += 1
+        here[begin:end] = [True] * len(here[begin:end])
       mask += here
       first += piece.length
     return mask
@@ -110,19 +119,23 @@ def safe_starts(strings: Iterable[str], added: Sequence[Any]) -> list[str]:
   if any(token.single_word for token in added):
     return []
   plain = {token.content for token in added if not (token.lstrip or token.normalized)}
-  contents = [token.content for token in added]
-  return [
-    string
-    for string in strings
-    if string in plain and not any(_reaches_into(other, string) for other in contents)
-  ]
+  candidates = [string for string in strings if string in plain]
+  reached = _reached_into(candidates, [token.content for token in added])
+  return [string for string in candidates if string not in reached]
 
 
-def _reaches_into(other, string):
-  """Whether `other` can stand over the place where `string` begins."""
-  return any(
-    string.startswith(other[i:]) or other[i:].startswith(string) for i in range(1, len(other))
-  )
+def _reached_into(strings, others):
+  """Those of the strings over whose beginning another one can stand."""
+  by_beginning, strings, reached = collections.defaultdict(set), set(strings), set()
+  for string in strings:
+    for length in range(1, len(string) + 1):
+      by_beginning[string[:length]].add(string)
+  for other in others:
+    for start in range(1, len(other)):
+      within = [other[start:end] for end in range(start + 1, len(other) + 1)]
+      reached.update(strings.intersection(within))
+      reached.update(by_beginning.get(other[start:], ()))  # it goes on where `other` ends
+  return reached
 
 
 def any_of(strings: Iterable[str]) -> re.Pattern:

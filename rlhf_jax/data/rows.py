@@ -266,8 +266,13 @@ def _continuation(name, value, opening, asked):
 # ---- what stands beside a prompt and changes it
 
 def _without_label(fields):
-  """The fields without KTO's label, true or 1; DataError where it is false, or another number."""
-  labels = {name: fields[name] for name in DESIRED if _is_number(fields.get(name))}
+  """The fields without KTO's label, true or 1; DataError where it is false, or anything else.
+
+  Beside a prompt a `label` that is text is the response (TL;DR).
+  """
+  is_chat = any(name in fields for name in ('messages', 'conversations'))
+  labels = {name: fields[name] for name in DESIRED if not _absent(fields.get(name)) and (
+    is_chat or name != 'label' or _is_number(fields[name]))}
   for name, label in labels.items():
     if label not in (0, 1):
       raise DataError(f'{name!r} is {shown(label)}; needed is true or false, whether the response '

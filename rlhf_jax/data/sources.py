@@ -95,13 +95,12 @@ def held_out_split(path: str, split: str, named: str | None = None) -> str | Non
   That is the split whose name has 'test' for 'train' (train and test, train_sft and test_sft). None
   where the source has no such split: then a share of the prompts is held out.
   """
-  known = splits(path)
   if named is not None:
-    if not known:
+    if _local(path) is not None and not splits(path):                           # elsewhere, reading it will tell
       raise DataError(f'{path} has no splits by name, so {named!r} cannot be held out of it. Name '
                       'a folder, or a set, that has both, or leave out --data.held-out-split.')
     return named
-  base = split.partition('[')[0]                                # train[:10%] is a part of train
+  known, base = splits(path), split.partition('[')[0]           # train[:10%] is a part of train
   counterpart = base.replace('train', 'test')
   return counterpart if counterpart != base and counterpart in known else None
 

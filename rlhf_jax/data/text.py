@@ -32,6 +32,7 @@ TURN_TEMPLATE = (
   "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
+_TOKENIZER_FILES = ('tokenizer*.json', 'tokenizer*.model', 'vocab.*', '*.gguf')
 _SPECIAL = ('<|pad|>', '<|end|>', '<|system|>', '<|user|>', '<|assistant|>')
 
 
@@ -58,6 +59,10 @@ def load_tokenizer(path):
   Raises DataError where there is none, ConfigError where it has no end token.
   """
   import transformers
+  here = pathlib.Path(path)
+  if here.is_dir() and not any(any(here.glob(pattern)) for pattern in _TOKENIZER_FILES):
+    raise DataError(f'no tokenizer at {str(path)!r}: none of its files is one. Pass a directory that holds tokenizer.json '
+                    'and tokenizer_config.json, or a hub id.')
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
   except (OSError, ValueError) as error:

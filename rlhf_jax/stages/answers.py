@@ -61,7 +61,10 @@ def compile_ask(run):
   answer = compile_answer(run, slots)
 
   def ask(params, examples, seed, samples=1):
-    rows, counts = encode.prompts(examples, run.chat, run.experiment.data.limits)
+    rows, counts = encode.prompts(examples, run.chat, run.experiment.data.limits, skip_bad_rows=True)
+    if counts.refused:
+      raise DataError(f'{counts.refused} of {len(examples)} prompts that the policy was asked to answer cannot be '
+                      f'encoded; the first: {counts.first_refusal}')
     if counts.too_long:
       raise DataError(f'{counts.too_long} of {len(examples)} prompts have more than '
                       f'{run.experiment.data.limits.prompt_tokens} tokens. Raise --data.limits.prompt-tokens, or pass '

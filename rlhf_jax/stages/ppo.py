@@ -230,7 +230,7 @@ def _write_samples(run, iteration, asked, rollout):
 
 
 def said_row(prompt, answers):
-  """{'prompt': what the user said last, name: answer}, and the 'turns' before it where there are any."""
+  """{'prompt': what the user said last, name: answer}, and all 'turns' up to there where there are more."""
   turns = {'turns': [[turn.role, turn.text] for turn in prompt.turns]} if len(prompt.turns) > 1 else {}
   return {'prompt': str(prompt)} | turns | {name: str(answer) for name, answer in answers.items()}
 

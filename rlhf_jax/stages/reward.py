@@ -137,6 +137,7 @@ def _read(path):
   split = [], []
   for row in map(json.loads, path.read_text().splitlines()):
     prompt = tuple(itertools.starmap(Turn, row['prompt']))
-    responses = tuple(text if ids is None else Answer(text, ids) for text, ids in zip(row['responses'], row['ids']))
+    sampled = row.get('ids') or [None] * len(row['responses'])
+    responses = tuple(text if ids is None else Answer(text, ids) for text, ids in zip(row['responses'], sampled))
     split[row['held_out']].append(Example(prompt, responses, tuple(row['ranks']), row['place']))
   return split

@@ -93,10 +93,14 @@ class Run:
     path = self.directory / 'encoded' / name
 
     def encode():
-      if read_rows(path) is None:
-        with Counter(f'{stage}: encoding the {part} examples', len(examples)) as counter:
+      if read_rows(path) is not None:
+        return
+      with Counter(f'{stage}: encoding the {part} examples', len(examples)) as counter:
+        try:
           write_rows(path, read(examples, self.chat, data.limits, skip_bad_rows=data.skip_bad_rows,
-                                progress=counter.update))
+                                progress=counter.update, as_arrays=True))
+        except DataError as error:
+          raise DataError(f'{stage}, {part}: {error}') from error
     processes.once(f'encoded {stage} {part}', encode, wait_s=_ENCODING_S)
     encoded = read_rows(path)
     for sentence in encoded.counts.sentences():

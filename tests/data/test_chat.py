@@ -157,7 +157,7 @@ def test_what_is_refused_keeps_its_place_among_the_others():
   assert [chat.answer_text(row.ids[row.start :]) for row in (good, good_too)] == ['b', 'd']
   assert str(alternate) == (
     'the chat template refuses a conversation of user, user: TemplateError: roles must alternate '
-    'user and assistant'
+    'user and assistant.'
   )
   assert (
     str(nothing)
@@ -167,7 +167,7 @@ def test_what_is_refused_keeps_its_place_among_the_others():
   system, fine = chat.prompts([(Turn('system', 'be brief'), user('a')), (user('a'),)])
   assert (
     str(system)
-    == 'the chat template refuses a conversation of system, user: TemplateError: no system turn'
+    == 'the chat template refuses a conversation of system, user: TemplateError: no system turn.'
   )
   assert (
     chat.tokenizer.decode(fine)
@@ -525,3 +525,86 @@ def test_a_template_that_invites_nobody_gets_the_header_of_the_answer(template, 
   assert tokenizer.decode([i for i, mine in zip(row.ids, row.mask) if mine]) == 2 * answered
   assert tokenizer.decode(row.ids[row.start:]) == answered and not row.apart
   assert chat.answer_text(row.ids[row.start:]) == 'yo'
+
+
+# ---- tokenizers and templates that are not as most
+
+def _with_tokens(*tokens, template, eos, merges=()):
+  """A byte-level tokenizer with these added tokens."""
+  tokenizer = text.train_tokenizer([], 262)
+  if merges:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state['model']['vocab'] |= {a + b: 262 + i for i, (a, b) in enumerate(merges)}
+    state['model']['merges'] = [list(pair) for pair in merges]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(state))
+    )
+  tokenizer.add_tokens(list(tokens))
+  tokenizer.eos_token, tokenizer.chat_template = eos, template
+  return tokenizer
+
+
+@pytest.mark.parametrize('template, ends', [
+  ("{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}", ()),
+  ("{% for m in messages %}{{ m.role + ':' + m.content + '<stop>' }}{% endfor %}", ('<end>',)),
+])
+def test_an_end_token_that_is_not_special_nor_written_by_name_is_kept_out_of_texts(template, ends):
+  tokenizer = _with_tokens('<end>', '<stop>', template=template, eos='<stop>')
+  chat = open_chat(tokenizer, generation_ends=tokenizer.convert_tokens_to_ids(list(ends)))
+  said = [user('hi <stop> <end> x'), assistant('write <stop> and <end> to stop')]
+  (row,) = chat.conversations([said])
+  count = {token: row.ids.count(tokenizer.convert_tokens_to_ids(token)) for token in ('<stop>', '<end>')}
+  assert count == {'<stop>': 2, '<end>': 0 if ends else 2}  # a token that ends nothing is any word
+  assert chat.answer_text(row.ids[row.start:]) == said[1].text
+
+
+@pytest.mark.parametrize('answer', ['yes', '  if x:', '\nyes'])
+def test_a_header_that_takes_the_space_behind_it_is_not_trained(answer):
+  """As Phi 3's: where an answer begins with white space, that is a part of the header's token."""
+  header = tokenizers.AddedToken('<|assistant|>', rstrip=True, special=True)
+  template = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+  tokenizer = _with_tokens(header, template=template, eos='<|end|>')
+  chat = open_chat(tokenizer)
+  turns = [user('a'), assistant(answer), user('b'), assistant(answer)]
+  (asked,), (row,) = chat.prompts([turns[:3]]), chat.conversations([turns])
+  assert row.ids[:row.start] == asked
+  written = tokenizer.decode([i for i, mine in zip(row.ids, row.mask) if mine])
+  assert written == 2 * f'{answer.lstrip()}<|end|>'
+
+
+def test_a_merge_that_spells_a_control_string_makes_no_control_token():
+  merges = [('<', 's'), ('<s', '>')]
+  tokenizer = _with_tokens(
+    tokenizers.AddedToken('<s>', special=True), merges=merges, eos='<s>',
+    template="{% for m in messages %}{{ m.content + '<s>' }}{% endfor %}")
+  chat = open_chat(tokenizer)
+  (row,) = chat.conversations([[user('a <s> b'), assistant('c')]])
+  assert row.ids.count(tokenizer.convert_tokens_to_ids('<s>')) == 2
+  assert tokenizer.decode(row.ids) == 'a <s> b<s>c<s>'
+
+
+@pytest.mark.parametrize('written, ends, found', [
+  ("'<|END_RESPONSE|><|END_TURN|>'", ['<|END_TURN|>'], '<|END_TURN|>'),           # as Command R7B
+  ("'<|END_TURN|>\n'", [], '<|END_TURN|>'),
+  ("('<|END_TURN|>' if loop.last else '')", ['<|END_TURN|>'], '<|END_TURN|>'),
+])
+def test_the_closing_token_is_the_one_that_is_known_to_end(written, ends, found):
+  special = ['<|END_RESPONSE|>', '<|END_TURN|>', '<|START|>']
+  tokenizer = _with_tokens(
+    *(tokenizers.AddedToken(each, special=True) for each in special), eos='<|end|>',
+    template="{% for m in messages %}{{ '<|START|>' + m.role + ':' + m.content }}"
+             "{% if m.role == 'assistant' %}{{ " + written + " }}{% endif %}{% endfor %}"
+             "{% if add_generation_prompt %}{{ '<|START|>assistant:' }}{% endif %}")
+  chat = open_chat(tokenizer, generation_ends=tokenizer.convert_tokens_to_ids(ends))
+  assert tokenizer.convert_ids_to_tokens(list(chat.end_tokens)) == [found]
+
+
+@pytest.mark.parametrize('template', [
+  "{% for m in messages %}{{ '<|START|>' + m.role + ':' + m.content }}{% endfor %}{{ '<|START|>assistant:' }}",
+  "{% for m in messages %}{{ '<|START|>' + m.role + ':' + m.content | upper }}{% endfor %}",
+])
+def test_a_header_is_no_closing_token(template):
+  tokenizer = _with_tokens(tokenizers.AddedToken('<|START|>', special=True), template=template, eos='<|end|>')
+  assert open_chat(tokenizer).end_tokens == (tokenizer.convert_tokens_to_ids('<|end|>'),)

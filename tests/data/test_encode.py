@@ -322,7 +322,7 @@ class TestEqualResponses:
   def test_none_left_says_why(self):
     with pytest.raises(
       DataError,
-      match=r'none of 1 examples can be encoded. 1 of 1 examples have responses that became',
+      match=r'none of 1 examples is left: 1 of 1 examples have responses that became',
     ):
       encode.comparisons([example('q', 'a', 'a ')], chat_with(TRIMS), Limits())
 
@@ -337,7 +337,7 @@ class TestBadRows:
     with pytest.raises(
       DataError,
       match=r'^train.jsonl row 17: the chat template refuses a conversation of user, user: '
-      r'TemplateError: two user turns Mend or drop the row, or pass --data.skip-bad-rows',
+      r'TemplateError: two user turns. Mend or drop the row, or pass --data.skip-bad-rows',
     ):
       read([example('q', 'a', 'b'), self.TWO_USERS], chat_with(NO_TWO_USERS), Limits())
     nameless = dataclasses.replace(self.TWO_USERS, place='')
@@ -371,7 +371,7 @@ class TestBadRows:
 
   def test_all_of_them(self):
     with pytest.raises(
-      DataError, match=r'none of 1 examples can be encoded. 1 of 1 .* the first: train.jsonl row 17'
+      DataError, match=r'none of 1 examples is left: 1 of 1 .* the first: train.jsonl row 17'
     ):
       encode.prompts([self.TWO_USERS], chat_with(NO_TWO_USERS), Limits(), skip_bad_rows=True)
 
@@ -436,8 +436,8 @@ class TestRowsApart:
     )
     assert counted(counts) == {'untrained': 1}
     assert counts.sentences() == [
-      '1 earlier turns of the assistant are not trained, since the chat template does not say '
-      'where they stand'
+      '1 earlier turns of the assistant are not trained: the chat template renders them differently '
+      'once others follow, and alone it refuses them or they are longer than the limits'
     ]
 
   def test_comparisons_have_none(self):
@@ -452,10 +452,10 @@ def test_many_examples_are_encoded_like_one_and_progress_is_told(chat):
   examples = [example('abcdefg'[: i % 7 + 1], f'x{i}', f'y{i}') for i in range(2500)]
   told = []
   ranked, counts = encode.comparisons(
-    examples, chat, Limits(8, 9), progress=lambda *done: told.append(done)
+    examples, chat, Limits(8, 9), progress=told.append
   )
   assert counts == Counts(2500, too_long=2500 // 7)
-  assert told == [(1024, 2500), (2048, 2500), (2500, 2500)]
+  assert told == [1024, 2048, 2500]
   for each in ranked[::97]:
     (alone,), _ = encode.comparisons([examples[each.example]], chat, Limits(8, 9))
     assert [row.ids for row in each.rows] == [row.ids for row in alone.rows]
@@ -469,3 +469,41 @@ def test_each_count_is_said_in_a_sentence_of_its_own():
   assert [sentence.split()[0] for sentence in said] == list('1234756')
   assert said[2].endswith('the first: row 1') and len(set(said)) == 7
   assert Counts(9).sentences() == []
+
+
+def test_rows_of_arrays_hold_the_same(chat):
+  examples = [example('q', 'yes', 'no', ranks=(1, 0)), example('abc', 'd', 'e')]
+  for read in (encode.demonstrations, encode.comparisons, encode.prompts):
+    lists, arrays = (read(examples, chat, Limits(), as_arrays=arrays).rows for arrays in (False, True))
+    flat = lambda rows: [row for each in rows for row in getattr(each, 'rows', [each])]
+    assert [(row.ids.tolist(), row.mask.tolist(), row.example) for row in flat(arrays)] == [
+      (row.ids, row.mask, row.example) for row in flat(lists)
+    ]
+    assert [getattr(each, 'ranks', None) for each in arrays] == [
+      getattr(each, 'ranks', None) for each in lists
+    ]
+
+
+def test_a_row_without_a_token_to_learn_is_left_out():
+  """The template marks an answer from its fifth character on; a limit of four cuts all of that off."""
+  chat = chat_with(
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}{{ 'says' }}"
+    "{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}{% else %}{{ m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+  examples = [example('a', 'bc'), example('a', 'd')]
+  rows, _ = encode.demonstrations(examples, chat, Limits(60, 5, 'truncate'))
+  assert [decoded(chat, row)[1] for row in rows] == ['b', 'd']
+  with pytest.raises(DataError, match=r'none of 2 examples fits into 60 prompt and 4 response tokens'):
+    encode.demonstrations(examples, chat, Limits(60, 4, 'truncate'))
+
+
+def test_one_that_is_refused_does_not_hide_behind_one_that_is_too_long(chat):
+  bad = dataclasses.replace(example('a', 'b'), prompt=(Turn('user', '\ufdd0'),), place='x row 9')
+  with pytest.raises(DataError, match=r'none of 2 examples fits .* Besides, 1 of 2 examples .* x row 9'):
+    encode.demonstrations([bad, example('much too long', 'b')], chat, Limits(4, 4), skip_bad_rows=True)
+
+
+def test_a_prompt_without_turns_is_cut_like_any_other():
+  chat = chat_with("{{ 'Answer well: ' }}" + TURN_TEMPLATE)
+  rows, counts = encode.prompts([Example(()), example('a')], chat, Limits(6, 1, 'truncate'))
+  assert [len(row.ids) for row in rows] == [6, 6] and counts.truncated == 2

@@ -74,3 +74,14 @@ def test_a_token_that_takes_what_is_before_it_begins_nothing(settings):
 def test_a_pattern_of_strings_takes_the_longest():
   assert any_of(['<a', '<a>', '.']).findall('<a>.<ab') == ['<a>', '.', '<a']
   assert not any_of([]).search('abc')
+
+
+def test_thousands_of_special_tokens():
+  """Tekken has a thousand. One of these reaches into two others, one into none."""
+  added = [tokenizers.AddedToken(f'<|r{i}|>', normalized=False) for i in range(3000)]
+  added += [tokenizers.AddedToken(content, normalized=False) for content in ('x<|r7|>', 'y<|r9', '<|r')]
+  starts = safe_starts([token.content for token in added], added)
+  missing = {token.content for token in added} - set(starts)
+  assert missing == {'<|r7|>', '<|r9|>', '<|r'} | {f'<|r9{more}|>' for more in range(10)} | {
+    f'<|r9{more:02}|>' for more in range(100)
+  }

@@ -377,3 +377,13 @@ def test_a_prompt_that_speaks_of_an_assistant_loses_nothing():
 def test_responses_to_a_transcript_are_judged_as_its_turns(row, message):
   with pytest.raises(DataError, match=re.escape(message)):
     to_example(row)
+
+
+@pytest.mark.parametrize('row', [
+  {'messages': [CHAT], 'label': 'false'}, {'messages': [CHAT], 'label': 'good'},
+  {'messages': [CHAT], 'kto_tag': 'undesirable'},
+  {'prompt': 'q', 'completion': 'a', 'kto_tag': '0'},
+])
+def test_a_label_that_is_no_truth_value_is_refused(row):
+  with pytest.raises(DataError, match=r"'(label|kto_tag)' is .*; needed is true or false"):
+    to_example(row)

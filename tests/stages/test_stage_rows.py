@@ -14,7 +14,7 @@ from rlhf_jax import cli
 from rlhf_jax.data import encode, kept_rows, text
 from rlhf_jax.data.chat import open_chat
 from rlhf_jax.data.examples import Answer, Example, Prompt, Turn
-from rlhf_jax.errors import ConfigError, DataError
+from rlhf_jax.errors import CheckpointError, ConfigError, DataError
 from rlhf_jax.metrics import read_samples
 from rlhf_jax.stages import ppo, reward, sft
 from rlhf_jax.stages.answers import compile_ask, sampling
@@ -234,3 +234,41 @@ def test_what_the_generation_config_says_reaches_sampling_and_exports(tmp_path, 
   cli._export(run, 'sft')
   written = json.loads((run.stage('sft') / 'export' / 'generation_config.json').read_text())
   assert written['eos_token_id'] == list(ends) and written['pad_token_id'] not in ends
+
+
+def test_before_a_stage_has_begun_a_tokenizer_of_other_data_is_made_anew(tmp_path):
+  """As where a bad row stopped the first start, and was mended."""
+  old = [prompt('zzz zzz zzz', responses=('zzzz',), ranks=(0,))] * 30
+  prepare(tmp_path, demonstrations=(old, old))
+  run = prepare(tmp_path)
+  assert run.chat.tokenizer.get_vocab() == prepare(tmp_path / 'fresh').chat.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize('text', ['{"began": "2026-', '{}', '[]', '{"began": 1}',
+                                  '{"began": "2026-11-26", "prompts, training": 3}'])
+def test_damaged_facts_of_the_data_are_named(finished, tmp_path, text):
+  directory = copy(finished, tmp_path)
+  (directory / 'data.json').write_text(text)
+  with pytest.raises(CheckpointError, match=r'data\.json is damaged .* Restore it, or delete it'):
+    prepare(directory)
+
+
+def test_facts_of_the_data_that_are_lost_are_missed(finished, tmp_path, capsys):
+  directory = copy(finished, tmp_path)
+  (directory / 'data.json').unlink()
+  prepare(directory)
+  assert 'data.json is absent, so nobody knows whether the data is that' in capsys.readouterr().out
+
+
+def test_a_prompt_of_the_labellers_that_cannot_be_asked_is_named(finished, tmp_path):
+  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'), settings={'data__skip_bad_rows': True})
+  bad = Example((Turn('user', '\ufdd0'),), place='simulated prompt 3')
+  with pytest.raises(DataError, match=r'1 of 2 prompts that the policy was asked .* the first: simulated prompt 3'):
+    compile_ask(run)(sft.restore(run), [prompt('tea'), bad], 3)
+
+
+def test_a_part_that_cannot_be_encoded_is_called_by_its_name(finished, tmp_path):
+  run = prepare(copy(finished, tmp_path, 'tokenizer'), settings={'data__skip_bad_rows': True})
+  bad = Example((Turn('user', '\ufdd0'),), ('Yes.',), (0,), 'test.jsonl row 1')
+  with pytest.raises(DataError, match=r'^sft, held-out: none of 1 examples is left: 1 of 1 .* test\.jsonl row 1'):
+    run.rows('sft', encode.demonstrations, [bad], 'held-out')
