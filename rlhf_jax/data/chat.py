@@ -379,7 +379,7 @@ class Chat:
       settings['model']['unk_token'] = name(settings['model']['unk_token'])
     merges = settings['model'].get('merges') or []
     if merges:                                                                    # none may make a control token of text
-      settings['model']['merges'] = [pair for pair in merges if _merged(pair) not in self._numbers]
+      settings['model']['merges'] = [pair for pair in merges if not self._numbers.keys() & _of_a_merge(pair)]
     renamed = tokenizers.Tokenizer.from_str(json.dumps(settings))
     for content in self._numbers:
       if renamed.token_to_id(name(content)) != self.tokenizer.convert_tokens_to_ids(content):
@@ -503,9 +503,10 @@ def _or_refusal(make, *arguments):
     return error
 
 
-def _merged(pair):
-  """What a merge of a BPE makes; older files have the two as one string."""
-  return ''.join(pair.split(' ') if isinstance(pair, str) else pair)
+def _of_a_merge(pair):
+  """The two tokens of a merge of a BPE, which older files have as one string, and the one that it makes."""
+  one, other = pair.split(' ') if isinstance(pair, str) else pair
+  return {one, other, one + other}
 
 
 def _name(number):

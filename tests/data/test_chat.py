@@ -575,7 +575,7 @@ def test_a_header_that_takes_the_space_behind_it_is_not_trained(answer):
 
 
 def test_a_merge_that_spells_a_control_string_makes_no_control_token():
-  merges = [('<', 's'), ('<s', '>')]
+  merges = [('<', 's'), ('<s', '>'), ('<s>', 'b')]
   tokenizer = _with_tokens(
     tokenizers.AddedToken('<s>', special=True), merges=merges, eos='<s>',
     template="{% for m in messages %}{{ m.content + '<s>' }}{% endfor %}")
