@@ -11,13 +11,13 @@ Other data: --data.split train_prefs trains on the split of that name. Held out 
 --data.held-out-split names; without it test_prefs, where there is one, or else
 --data.held-out-share of the prompts.
 
-Measured with the first command on 1,606 harmless pairs to train on and 200 held out: 11 minutes on two CPU cores that
-were shared with other runs.
+Measured with the first command on 1,606 harmless pairs to train on and 200 held out: 9 minutes on
+two CPU cores that were shared with other runs.
 
-    held-out SFT loss, nats per token           8.11 before, 4.62 after
-    held-out reward accuracy                    56.0 %, 95 % interval 48.5 to 63.0
-    score of SFT and PPO, held-out prompts      0.15 and 0.94, in standard deviations of the reward model
-    KL of PPO to SFT                            3.8 nats per answer
+    held-out SFT loss, nats per token           8.12 before, 4.60 after
+    held-out reward accuracy                    62.5 %, 95 % interval 56.0 to 68.5
+    score of SFT and PPO, held-out prompts      0.13 and 1.18, in deviations of the reward model
+    KL of PPO to SFT                            4.9 nats per answer
 
 A model this small, from nothing, on so little text does not speak well: PPO finds that "I'm sorry" is liked and that short
 is safe. Public reward models reach 69 to 75 % on HH. For that start from a pretrained model, and lower the learning rates:
