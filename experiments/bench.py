@@ -257,8 +257,10 @@ def _uneven(setting, name, at_once):
 
 def _ppo_programs(setting, config, optimizer):
   """Those of the stage, except that no token ends an answer."""
-  no_chat = types.SimpleNamespace(end_tokens=(0,), pad_token=0)                  # of which the stage asks its end tokens
-  run = Run(Experiment(ppo=config), None, no_chat, setting.runner, None, setting.policy, setting.scalar)
+  # The stage asks only for its end tokens and its pad token.
+  no_chat = types.SimpleNamespace(end_tokens=(0,), pad_token=0)
+  run = Run(Experiment(ppo=config), None, no_chat, setting.runner, None, setting.policy,
+            setting.scalar)
   return dataclasses.replace(ppo.compile_programs(run, optimizer), answer=_answering(setting))
 
 

@@ -16,9 +16,10 @@ Hardware: 8 accelerators of 80 GB, as in the paper; not run here. Expected, publ
 Where it differs from the recipe: the reward model's scores are brought to mean 0 and standard deviation 1 over its training
 responses (the paper subtracts the mean over the demonstrations and leaves the scale, so --ppo.kl-weight is not in quite the
 same unit); one limit, 53 tokens, holds for every response, those that the reward model is trained on too (paper: 169); a
-prompt of more than 512 tokens loses its start, not the last lines of its post; the sum of the value loss, which with
---ppo.experience.score-slot after_end has one slot more in each response that ended before the limit, is divided by the count
-of response tokens, as the policy's is (TRL divides by the count of its own slots: its value loss is a little smaller).
+prompt of more than 512 tokens loses its start, not the last lines of its post; the sum of the value
+loss, which with --ppo.experience.score-slot after_end has one slot more in each response that ended
+before the limit, is divided by the count of response tokens, as the policy's is (TRL divides by the
+count of its own slots: its value loss is a little smaller).
 """
 
 import dataclasses

@@ -176,7 +176,8 @@ def prepare(experiment, make_task, directory):
   """The Run of an experiment: task, tokenizer, models and devices, checked against each other."""
   task = make_task(experiment)
   processes.once('data', lambda: _keep_data_facts(directory, task))
-  began = datetime.datetime.fromisoformat(json.loads((directory / _DATA_FACTS).read_text())['began'])
+  began = datetime.datetime.fromisoformat(
+    json.loads((directory / _DATA_FACTS).read_text())['began'])
   pretrained, generation_ends, tokenizer_dir = None, (), directory / 'tokenizer'
   if experiment.pretrained is not None:
     model_config = huggingface.read_config(experiment.pretrained, **_runtime(experiment))
@@ -194,25 +195,28 @@ def prepare(experiment, make_task, directory):
   check_vocabulary(tokenizer, policy=model_config, reward=reward_config)
   _check_attention(experiment.attention, jax.default_backend())
   chat = _chat(tokenizer, generation_ends, model_config.vocab_size, began)
-  return _run(experiment, task, chat, make_runner(experiment.mesh), directory, model_config, reward_config, pretrained)
+  return _run(experiment, task, chat, make_runner(experiment.mesh), directory, model_config,
+              reward_config, pretrained)
 
 
 def _chat(tokenizer, generation_ends, vocab_size, began):
   """The Chat of a run; says which of the model's end tokens are none of the tokenizer's."""
   unknown = [i for i in generation_ends if i not in tokenizer.added_tokens_decoder]
   if unknown:
-    print(f'the generation config names the end tokens {unknown}, which are ordinary text to this tokenizer; they are left '
-          'out')
+    print(f'the generation config names the end tokens {unknown}, which are ordinary text to this '
+          'tokenizer; they are left out')
   ends = open_chat(tokenizer, generation_ends=generation_ends, began=began).end_tokens
   try:
     tokenizer = with_pad_token(tokenizer, vocab_size, ends)
   except ConfigError as error:
     print(f'Exported reward models will be scored a token early by transformers: {error}')
-  return open_chat(tokenizer, generation_ends=generation_ends, pad_token=tokenizer.pad_token_id, began=began)
+  return open_chat(tokenizer, generation_ends=generation_ends, pad_token=tokenizer.pad_token_id,
+                   began=began)
 
 
 def _keep_data_facts(directory, task):
-  """Writes down when the run began and what its data is; ConfigError where a stage has begun with other data.
+  """Writes down when the run began and what its data is; ConfigError where a stage has begun with
+  other data.
 
   Before a stage has begun, what was made of other data is forgotten.
   """
@@ -224,12 +228,14 @@ def _keep_data_facts(directory, task):
   changed = [f'{name}: {_counted(facts[name])} -> {_counted(now[name])}'
              for name in now if facts.get(name, now[name]) != now[name]]
   if changed and begun:
-    raise ConfigError(f'the data of the run in {directory} has changed since it began; {"; ".join(changed)}. Go on with the '
-                      'data that it began with, or pass another --run-dir, or --restart to delete the run and start anew.')
+    raise ConfigError(f'the data of the run in {directory} has changed since it began; '
+                      f'{"; ".join(changed)}. Go on with the data that it began with, or pass '
+                      'another --run-dir, or --restart to delete the run and start anew.')
   if changed:
     shutil.rmtree(directory / 'tokenizer', ignore_errors=True)
   directory.mkdir(parents=True, exist_ok=True)
-  _write_whole(path, json.dumps({'began': datetime.datetime.now().isoformat()} | facts | now, indent=2))
+  _write_whole(path, json.dumps(
+    {'began': datetime.datetime.now().isoformat()} | facts | now, indent=2))
 
 
 def _read_data_facts(path):
@@ -241,13 +247,14 @@ def _read_data_facts(path):
     datetime.datetime.fromisoformat(facts['began'])
     _ = [_counted(fact) for name, fact in facts.items() if name != 'began']
   except (ValueError, KeyError, TypeError) as error:
-    raise CheckpointError(f'{path} is damaged ({type(error).__name__}: {error}): it should say when the run began, and what '
-                          'its data is. Restore it, or delete it, if you are sure that the data is the same.') from error
+    raise CheckpointError(f'{path} is damaged ({type(error).__name__}: {error}): it should say '
+                          'when the run began, and what its data is. Restore it, or delete it, if '
+                          'you are sure that the data is the same.') from error
   return facts
 
 
 def _data_facts(task):
-  """Counts and fingerprints of the examples of a Task. Rankings of answers that do not exist yet have none."""
+  """Counts and fingerprints of a Task's examples. Rankings of answers yet to come have none."""
   recorded = {} if callable(task.comparisons) else {'comparisons': task.comparisons}
   splits = {'demonstrations': task.demonstrations, 'prompts': task.prompts} | recorded
   return {f'{name}, {part}': {'examples': len(examples), 'sha256': fingerprint(examples)}
@@ -265,7 +272,8 @@ def prepare_shapes(experiment, devices):
   else:                                                                         # what is on the hub has the preset's shapes
     model_config = preset(experiment.preset, **_runtime(experiment))
   _check_attention(experiment.attention, devices[0].platform)
-  return _run(experiment, None, planner.CHAT, make_runner(experiment.mesh, devices), None, model_config,
+  return _run(experiment, None, planner.CHAT, make_runner(experiment.mesh, devices), None,
+              model_config,
               _reward_config(experiment, model_config))
 
 
@@ -273,7 +281,8 @@ def _run(experiment, task, chat, runner, directory, model_config, reward_config,
   for size in (model_config, reward_config):
     check_length(size, experiment.data.limits.tokens)
   _check_answers(experiment.ppo, runner.batch_parts)
-  return Run(experiment, task, chat, runner, directory, LanguageModel(model_config), ScalarModel(reward_config),
+  return Run(experiment, task, chat, runner, directory, LanguageModel(model_config),
+             ScalarModel(reward_config),
              pretrained)
 
 
@@ -405,7 +414,8 @@ def _export(run, name):
       raise PreemptedError(f'{name} is finished, its export will be written again')
     return run.runner.fetch(leaf)
   ends = run.chat.end_tokens
-  huggingface.save(unfinished, model.config, params, kind=kind, end_token=list(ends) if len(ends) > 1 else ends[0],
+  huggingface.save(unfinished, model.config, params, kind=kind,
+                   end_token=list(ends) if len(ends) > 1 else ends[0],
                    pad_token=run.chat.pad_token, begin_token=run.chat.begin_token, fetch=fetch)
 
   def finish():

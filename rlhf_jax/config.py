@@ -51,10 +51,12 @@ class DataConfig:
     if not 0 < self.held_out_share < 1:
       raise ConfigError(f'data held_out_share={self.held_out_share}. It must lie between 0 and 1, for example 0.05.')
     held_out = self.held_out_split or ''
-    whole = self.split.partition('[')[0] == held_out.partition('[')[0] and not ('[' in self.split and '[' in held_out)
-    if self.split == held_out or whole:                                           # train, or train and train[:5%]
-      raise ConfigError(f'data split is {self.split!r} and held_out_split {held_out!r}. What is trained on is not held '
-                        'out: name two splits, two parts of one, or leave held_out_split out.')
+    whole = (self.split.partition('[')[0] == held_out.partition('[')[0]
+             and not ('[' in self.split and '[' in held_out))
+    if self.split == held_out or whole:  # train, or train and train[:5%]
+      raise ConfigError(f'data split is {self.split!r} and held_out_split {held_out!r}. What is '
+                        'trained on is not held out: name two splits, two parts of one, or leave '
+                        'held_out_split out.')
 
 
 def _positive(config, *names):
@@ -131,11 +133,14 @@ class PPOConfig:
       'PPO', self,
       ('temperature', 0 < self.temperature < math.inf,
        'positive: greedy answers have no probability; and finite', 'Pass 1, or for example 0.7'),
-      ('kl_weight', 0 <= self.kl_weight < math.inf, 'finite and not below 0', 'Pass 0 for no leash, or for example 0.05'),
+      ('kl_weight', 0 <= self.kl_weight < math.inf, 'finite and not below 0',
+       'Pass 0 for no leash, or for example 0.05'),
       ('kl_target_nats_per_sequence', target is None or 0 < target < math.inf, 'positive, or None',
        'Pass None for a kl_weight that stays, or for example 6'),
-      ('kl_horizon_episodes', 0 < self.kl_horizon_episodes < math.inf, 'positive and finite', 'Pass for example 10000'),
-      ('kl_stop_nats_per_sequence', stop is None or stop > 0, 'positive, or None', 'Pass None to train to the end'),
+      ('kl_horizon_episodes', 0 < self.kl_horizon_episodes < math.inf, 'positive and finite',
+       'Pass for example 10000'),
+      ('kl_stop_nats_per_sequence', stop is None or stop > 0, 'positive, or None',
+       'Pass None to train to the end'),
       ('reward_model_weight', abs(self.reward_model_weight) < math.inf, 'finite',
        'Pass 1, or 0 to score by reward functions alone'))
 
@@ -161,7 +166,8 @@ class Experiment:
 
   def __post_init__(self):
     check_fields('experiment', self, (
-      'seed', 0 <= self.seed < 2 ** 31, 'from 0 to 2147483647: a key of JAX has 32 bits, and larger seeds repeat it',
+      'seed', 0 <= self.seed < 2 ** 31,
+      'from 0 to 2147483647: a key of JAX has 32 bits, and larger seeds repeat it',
       'Pass a smaller number, for example 0'))
 
 

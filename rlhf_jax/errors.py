@@ -44,7 +44,9 @@ class PreemptedError(Exception):
 
 
 def check_fields(what, config, *rules):
-  """Raises ConfigError for the first of `rules` that does not hold: (field, holds, what it must be, what to do)."""
+  """Raises ConfigError for the first of `rules` that does not hold: (field, holds, what it must be,
+  what to do).
+  """
   for field, holds, needed, do in rules:
     if not holds:
       raise ConfigError(f'{what} {field}={getattr(config, field)!r}. It must be {needed}. {do}.')

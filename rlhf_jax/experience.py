@@ -40,10 +40,12 @@ class ExperienceConfig:
     check_choices(self)
     for name in ('kl_limit', 'score_limit'):
       limit = getattr(self, name)
-      check_fields('experience', self, (name, limit is None or 0 < limit < math.inf, 'positive, or None for no limit',
-                                        'Pass None, or for example 10'))
-    check_fields('experience', self, ('missing_end_score', abs(self.missing_end_score) < math.inf, 'finite',
-                                      'Pass for example 1'))
+      check_fields('experience', self, (
+        name, limit is None or 0 < limit < math.inf, 'positive, or None for no limit',
+        'Pass None, or for example 10'))
+    check_fields('experience', self, (
+      'missing_end_score', abs(self.missing_end_score) < math.inf, 'finite',
+      'Pass for example 1'))
     for name in ('discount', 'trace'):
       if not 0 <= getattr(self, name) <= 1:
         raise ConfigError(f'{name}={getattr(self, name)}. It must be between 0 and 1.')

@@ -241,13 +241,16 @@ class Progress:
 
 
 class Counter:
-  """How far a piece of long work is that is no stage: a bar on a terminal; else a line every `every_s` seconds."""
+  """How far a piece of long work is that is no stage: a bar on a terminal; else a line every
+  `every_s` seconds.
+  """
 
   def __init__(self, name, total, *, console=None, every_s=10.0):
     self.name, self.total, self.every_s = name, total, every_s
     self._console = console or rich.console.Console()
     self._printed_at = time.monotonic()
-    self._bar = rich.progress.Progress(console=self._console, transient=True) if self._console.is_terminal else None
+    self._bar = (rich.progress.Progress(console=self._console, transient=True)
+                 if self._console.is_terminal else None)
     self._task = self._bar and self._bar.add_task(name, total=total)
 
   def __enter__(self):
@@ -264,7 +267,8 @@ class Counter:
     if self._bar:
       self._bar.update(self._task, completed=done)
     elif time.monotonic() - self._printed_at >= self.every_s:
-      self._console.print(f'{self.name} {done:,}/{self.total:,}', markup=False, highlight=False, soft_wrap=True)
+      self._console.print(f'{self.name} {done:,}/{self.total:,}', markup=False, highlight=False,
+                          soft_wrap=True)
       self._printed_at = time.monotonic()
 
 

@@ -27,7 +27,7 @@ class OptimizerConfig:
   schedule: Literal['constant', 'linear', 'cosine'] = 'constant'  # what the rate does after the warm-up
   warmup_steps: int = 0                                      # steps over which the rate rises from 0, which step 0 has
   final_share: float = 0.0                                   # share of the highest rate that linear and cosine end at
-  total_steps: int = 0                                       # step at which the decay ends; 0: the last of the stage
+  total_steps: int = 0  # step at which the decay ends; 0: the last of the stage
   clip_norm: float | None = 1.0                              # largest norm of the whole gradient; None: no clipping
   beta1: float = 0.9                                         # decay per update of the mean gradient
   beta2: float = 0.999                                       # decay per update of the mean squared gradient

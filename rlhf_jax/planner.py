@@ -41,7 +41,8 @@ from rlhf_jax.stages.descent import compile_step
 from rlhf_jax.step import init_state
 
 STAGES = sft.NAME, reward.NAME, ppo.NAME
-CHAT = types.SimpleNamespace(end_tokens=(0,), pad_token=0)  # stands for any: shapes do not depend on the ids
+# Stands for any chat: shapes do not depend on the ids.
+CHAT = types.SimpleNamespace(end_tokens=(0,), pad_token=0)
 
 
 # ---- the programs of a run

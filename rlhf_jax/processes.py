@@ -23,7 +23,9 @@ from rlhf_jax import roll_call
 from rlhf_jax.errors import ConfigError, ProcessError
 from rlhf_jax.startup import prepare_process
 
-_MEET_S = 1800  # the slowest thing that one process does while others wait, unless more is allowed: reading the data
+# For the slowest thing that one process does while others wait, unless more is allowed: reading
+# the data.
+_MEET_S = 1800
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,9 @@ def is_first():
 
 
 def meet(name, wait_s=_MEET_S):
-  """Returns when all processes are here; raises ProcessError where one does not come within `wait_s` seconds."""
+  """Returns when all processes are here; raises ProcessError where one does not come within
+  `wait_s` seconds.
+  """
   if not are_several():
     return
   try:
@@ -137,7 +141,8 @@ def first_says(number):
 
 
 def once(name, do, wait_s=_MEET_S):
-  """do() in the first process alone; the others wait for it, so long. What it writes is there for all afterwards.
+  """do() in the first process alone; the others wait for it, so long. What it writes is there for
+  all afterwards.
 
   Where it fails, the first process ends with the error, and the others with it.
   """

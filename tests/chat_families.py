@@ -226,7 +226,8 @@ _DEEPSEEK_SPECIAL = (
 )
 _HISTORY_CHANGES = {
   'several turns': Outcome(apart=2),
-  **dict.fromkeys(('system', 'thought in an earlier turn', 'control strings', 'white space', 'emoji', 'empty answer'), _TWO),
+  **dict.fromkeys(('system', 'thought in an earlier turn', 'control strings', 'white space',
+                   'emoji', 'empty answer'), _TWO),
 }
 
 SHAPES = {

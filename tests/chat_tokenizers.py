@@ -80,7 +80,7 @@ def _vocabulary(kind):
 
 
 def _with_bytes(inner):
-  """The JSON of a BPE or Unigram with special tokens, 256 bytes, then the pieces that it learned."""
+  """The JSON of a BPE or Unigram: special tokens, 256 bytes, then the pieces that it learned."""
   settings = json.loads(inner.to_str())
   model, control = settings['model'], ['<unk>', '<s>', '</s>']
   first = [*control, *(f'<0x{byte:02X}>' for byte in range(256))]
@@ -90,7 +90,8 @@ def _with_bytes(inner):
     model['vocab'] = [[name, lowest - 10] for name in first] + pieces
     model['unk_id'] = 0
   else:
-    pieces = sorted((name for name in model['vocab'] if name not in control), key=model['vocab'].get)
+    pieces = sorted((name for name in model['vocab'] if name not in control),
+                    key=model['vocab'].get)
     model['vocab'] = {name: number for number, name in enumerate([*first, *pieces])}
     model |= {'unk_token': '<unk>', 'fuse_unk': True}
   model['byte_fallback'] = True

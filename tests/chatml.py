@@ -1,7 +1,8 @@
-"""A model directory as people start from: a random Llama whose tokenizer and template are those of a Qwen2.5 base model.
+"""A model directory as people start from: a random Llama whose tokenizer and template are those of
+a Qwen2.5 base model.
 
-Turns end with <|im_end|>, while the tokenizer's end and pad token is <|endoftext|>, which the generation config names too;
-a conversation without a system turn gets one.
+Turns end with <|im_end|>, while the tokenizer's end and pad token is <|endoftext|>, which the
+generation config names too; a conversation without a system turn gets one.
 """
 
 import json
@@ -18,11 +19,13 @@ from rlhf_jax.model.heads import LanguageModel, initial_params
 
 SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
 TEMPLATE = (
-  "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
-  "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+  "{% if messages[0].role != 'system' %}"
+  "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
+  "{% for m in messages %}"
+  "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-SIZES = ModelConfig(vocab_size=400, width=16, layers=1, query_heads=2, kv_heads=1, head_width=8, feedforward_width=24,
-                    context_length=256)
+SIZES = ModelConfig(vocab_size=400, width=16, layers=1, query_heads=2, kv_heads=1, head_width=8,
+                    feedforward_width=24, context_length=256)
 
 
 def make_tokenizer(texts, vocab_size=SIZES.vocab_size - 8):
@@ -33,8 +36,8 @@ def make_tokenizer(texts, vocab_size=SIZES.vocab_size - 8):
   bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
     vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False,
     initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-  return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=SPECIAL[0], pad_token=SPECIAL[0],
-                                              chat_template=TEMPLATE)
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=bpe, eos_token=SPECIAL[0], pad_token=SPECIAL[0], chat_template=TEMPLATE)
 
 
 def make_directory(path, texts):

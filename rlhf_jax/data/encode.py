@@ -1,7 +1,8 @@
 """Examples to token rows, within length limits; what is left out or cut is counted, and why.
 
-All of a source is encoded at once, many texts at a time, so that the tokenizer uses all cores; `kept_rows.py` keeps the
-result. A prompt that is too long loses its earliest turns before it is cut within one.
+All of a source is encoded at once, many texts at a time, so that the tokenizer uses all cores;
+`kept_rows.py` keeps the result. A prompt that is too long loses its earliest turns before it is cut
+within one.
 """
 
 import dataclasses
@@ -23,7 +24,8 @@ class Limits:
   """How many tokens a sequence may have, and what becomes of longer ones."""
   prompt_tokens: int = 128  # most tokens of a prompt, P
   response_tokens: int = 128  # most tokens of a response, R, the end token included
-  too_long: Literal['skip', 'truncate'] = 'skip'  # truncate: drops a prompt's earliest turns, keeps a response's start
+  # truncate: drops a prompt's earliest turns, keeps a response's start
+  too_long: Literal['skip', 'truncate'] = 'skip'
 
   @property
   def tokens(self) -> int:
@@ -49,13 +51,14 @@ class RankedRows:
 
 @dataclasses.dataclass
 class Counts:
-  """What became of the examples. `first_refusal` is the message of the first that could not be encoded."""
+  """What became of the examples. `first_refusal` says why the first could not be encoded."""
   examples: int = 0
   too_long: int = 0  # left out
   truncated: int = 0  # prompt or response cut to the limits
   refused: int = 0  # left out: the template or the tokenizer cannot say them
   equal: int = 0  # comparisons left out: their responses became the same tokens
-  equal_responses: int = 0  # responses left out of the other comparisons: the same tokens as one of a better rank
+  # responses left out of the other comparisons: the same tokens as one of a better rank
+  equal_responses: int = 0
   apart: int = 0  # earlier turns trained in a row of their own
   untrained: int = 0  # earlier turns that could not be
   first_refusal: str = ''
@@ -64,16 +67,21 @@ class Counts:
     """What there is to say, a sentence each."""
     of = f'of {self.examples:,} examples'
     said = [
-      (self.too_long, f'{self.too_long:,} {of} are longer than --data.limits allow, and are skipped'),
-      (self.truncated, f'{self.truncated:,} {of} are longer than --data.limits allow, and are truncated'),
-      (self.refused, f'{self.refused:,} {of} cannot be encoded, and are skipped; the first: {self.first_refusal}'),
-      (self.equal, f'{self.equal:,} {of} have responses that became the same tokens, and are skipped'),
-      (self.equal_responses, f'{self.equal_responses:,} responses became the same tokens as a better ranked one to the same '
-                             'prompt, and are left out'),
-      (self.apart, f'{self.apart:,} earlier turns of the assistant are trained in rows of their own, since the chat '
-                   'template renders them differently once others follow'),
-      (self.untrained, f'{self.untrained:,} earlier turns of the assistant are not trained: the chat template renders them '
-                       'differently once others follow, and alone it refuses them or they are longer than the limits'),
+      (self.too_long,
+       f'{self.too_long:,} {of} are longer than --data.limits allow, and are skipped'),
+      (self.truncated,
+       f'{self.truncated:,} {of} are longer than --data.limits allow, and are truncated'),
+      (self.refused, f'{self.refused:,} {of} cannot be encoded, and are skipped; the first: '
+                     f'{self.first_refusal}'),
+      (self.equal,
+       f'{self.equal:,} {of} have responses that became the same tokens, and are skipped'),
+      (self.equal_responses, f'{self.equal_responses:,} responses became the same tokens as a '
+                             'better ranked one to the same prompt, and are left out'),
+      (self.apart, f'{self.apart:,} earlier turns of the assistant are trained in rows of their '
+                   'own, since the chat template renders them differently once others follow'),
+      (self.untrained, f'{self.untrained:,} earlier turns of the assistant are not trained: the '
+                       'chat template renders them differently once others follow, and alone it '
+                       'refuses them or they are longer than the limits'),
     ]
     return [sentence for count, sentence in said if count]
 
@@ -87,21 +95,26 @@ class Encoded(NamedTuple):
 Progress = Callable[[int], None]  # is told how many examples are done
 
 
-def demonstrations(examples: Sequence[Example], chat: Chat, limits: Limits, *, skip_bad_rows: bool = False,
-                   progress: Progress | None = None, as_arrays: bool = False) -> Encoded:
-  """Rows of the first response of each example; more than one where earlier turns need rows of their own.
+def demonstrations(examples: Sequence[Example], chat: Chat, limits: Limits, *,
+                   skip_bad_rows: bool = False, progress: Progress | None = None,
+                   as_arrays: bool = False) -> Encoded:
+  """Rows of the first response of each example; more than one where earlier turns need rows of
+  their own.
 
-  Raises DataError for an example that cannot be encoded, unless `skip_bad_rows`, and where no row is left. `as_arrays`
-  gives rows of numpy arrays, which take a tenth of the memory of lists.
+  Raises DataError for an example that cannot be encoded, unless `skip_bad_rows`, and where no row
+  is left. `as_arrays` gives rows of numpy arrays, which take a tenth of the memory of lists.
   """
   return _encoded(examples, chat, limits, skip_bad_rows, progress, as_arrays, _demonstration_rows)
 
 
-def comparisons(examples: Sequence[Example], chat: Chat, limits: Limits, *, skip_bad_rows: bool = False,
-                progress: Progress | None = None, as_arrays: bool = False) -> Encoded:
-  """RankedRows; an example is left out with any of its responses. An `Answer` keeps the ids that were sampled.
+def comparisons(examples: Sequence[Example], chat: Chat, limits: Limits, *,
+                skip_bad_rows: bool = False, progress: Progress | None = None,
+                as_arrays: bool = False) -> Encoded:
+  """RankedRows; an example is left out with any of its responses. An `Answer` keeps the ids that
+  were sampled.
 
-  Of responses that become the same tokens those of the best rank stay. Raises as `demonstrations` does.
+  Of responses that become the same tokens those of the best rank stay. Raises as `demonstrations`
+  does.
   """
   return _encoded(examples, chat, limits, skip_bad_rows, progress, as_arrays, _comparison_rows)
 
@@ -132,10 +145,12 @@ def _none_left(counts, limits):
   """Why no row is left, and what to do."""
   others = '; '.join(sentence for sentence in counts.sentences() if 'longer than' not in sentence)
   if not counts.too_long:
-    return f'none of {counts.examples} examples is left: {others}. Mend the data, or take another tokenizer or template.'
-  return (f'none of {counts.examples} examples fits into {limits.prompt_tokens} prompt and {limits.response_tokens} '
-          'response tokens. Raise --data.limits.prompt-tokens and --data.limits.response-tokens, or pass '
-          f'--data.limits.too-long truncate.{f" Besides, {others}." if others else ""}')
+    return (f'none of {counts.examples} examples is left: {others}. Mend the data, or take another '
+            'tokenizer or template.')
+  return (f'none of {counts.examples} examples fits into {limits.prompt_tokens} prompt and '
+          f'{limits.response_tokens} response tokens. Raise --data.limits.prompt-tokens and '
+          '--data.limits.response-tokens, or pass --data.limits.too-long truncate.'
+          f'{f" Besides, {others}." if others else ""}')
 
 
 def _with_arrays(row):
@@ -162,16 +177,20 @@ def _demonstration_rows(batch, asked):
 
 
 def _comparison_rows(batch, asked):
-  spoken = {(number, which): (*turns, Turn('assistant', response)) for number, (turns, _) in asked.items()
-            for which, response in enumerate(batch.examples[number].responses) if not isinstance(response, Answer)}
+  spoken = {(number, which): (*turns, Turn('assistant', response))
+            for number, (turns, _) in asked.items()
+            for which, response in enumerate(batch.examples[number].responses)
+            if not isinstance(response, Answer)}
   found = {key: batch.row(key[0], asked[key[0]][1], conversation)
            for key, conversation in batch.conversations(spoken, earlier=False)}
   ranked = []
   for number, (_, prompt) in asked.items():
     example = batch.examples[number]
-    rows = [batch.answered(number, prompt, response) if isinstance(response, Answer) else found.get((number, which))
+    rows = [batch.answered(number, prompt, response) if isinstance(response, Answer)
+            else found.get((number, which))
             for which, response in enumerate(example.responses)]
-    consistent = None if None in rows else _consistent(RankedRows(rows, list(example.ranks), number))
+    consistent = (None if None in rows
+                  else _consistent(RankedRows(rows, list(example.ranks), number)))
     if consistent is not None:
       ranked.append(consistent)
       batch.counts.equal_responses += len(rows) - len(consistent.rows)
@@ -181,11 +200,14 @@ def _comparison_rows(batch, asked):
 
 
 def _consistent(ranked):
-  """Without responses that are the same tokens as one of a better rank; None where no two ranks are left."""
+  """Without responses that are the same tokens as one of a better rank; None where no two
+  ranks are left.
+  """
   best = {}
   for row, rank in zip(ranked.rows, ranked.ranks):
     best[tuple(row.ids)] = min(rank, best.get(tuple(row.ids), rank))
-  kept = [(row, rank) for row, rank in zip(ranked.rows, ranked.ranks) if rank == best[tuple(row.ids)]]
+  kept = [(row, rank) for row, rank in zip(ranked.rows, ranked.ranks)
+          if rank == best[tuple(row.ids)]]
   if len({rank for _, rank in kept}) < 2:
     return None
   return RankedRows([row for row, _ in kept], [rank for _, rank in kept], ranked.example)
@@ -252,27 +274,30 @@ class _Batch:
         yield key, found
 
   def row(self, number, prompt, conversation):
-    """The Row of a conversation whose prompt is cut to the ids `prompt`; None where its response is too long."""
+    """The Row of a conversation whose prompt is cut to the ids `prompt`; None where its response is
+    too long.
+    """
     start, length = conversation.start, len(conversation.ids)
     if self._is_too_long(number, length - start):
       return None
     stop = min(length, start + self.limits.response_tokens)
     ids, mask = conversation.ids, conversation.mask
-    if not any(mask[start:stop]):                                                 # what the template marks is cut off
+    if not any(mask[start:stop]):  # what the template marks is cut off
       self._leave_out(number)
       return None
     if start <= self.limits.prompt_tokens:
       return Row(ids[:stop], mask[:stop], number)
-    behind = len(prompt) - (prompt[:1] == [self.chat.begin_token])                # where the cut prompt goes on
+    behind = len(prompt) - (prompt[:1] == [self.chat.begin_token])  # where the cut prompt goes on
     first = start - behind
     return Row([*prompt[:len(prompt) - behind], *ids[first:stop]],
                [*mask[:len(prompt) - behind], *mask[first:stop]], number)
 
   def rows_apart(self, alone):
-    """(number, Row) of earlier turns, each behind its own history; what cannot be one is counted."""
+    """(number, Row) of earlier turns, each behind its own history; counts what cannot be one."""
     limits, truncates = self.limits, self.limits.too_long == 'truncate'
     histories = [turns[:-1] for _, turns in alone]
-    asked = {i: (turns, ids) for i, (turns, ids) in enumerate(zip(histories, self.chat.prompts(histories)))
+    asked = {i: (turns, ids)
+             for i, (turns, ids) in enumerate(zip(histories, self.chat.prompts(histories)))
              if not isinstance(ids, DataError)}
     too_long = {i: prompt for i, prompt in asked.items() if len(prompt[1]) > limits.prompt_tokens}
     if truncates:
@@ -289,7 +314,7 @@ class _Batch:
       yield alone[i][0], self.row(alone[i][0], asked[i][1], conversation)
 
   def answered(self, number, prompt, answer):
-    """The Row of an answer that a policy gave to that prompt, as sampled; None if it is too long."""
+    """The Row of an answer that a policy gave to that prompt, as sampled; None if too long."""
     if self._is_too_long(number, len(answer.ids)):
       return None
     ids = list(answer.ids[:self.limits.response_tokens])
@@ -304,7 +329,7 @@ class _Batch:
     self.counts.first_refusal = self.counts.first_refusal or message
 
   def _is_too_long(self, number, response_tokens):
-    """Whether an example is left out for a response of that length; counts it, also if it is cut."""
+    """Whether an example is left out for a response of that length; counts it, and if it is cut."""
     if response_tokens <= self.limits.response_tokens:
       return False
     if self.limits.too_long == 'skip':
@@ -323,8 +348,8 @@ class _Batch:
 
 
 def _without_beginnings(turns):
-  """The turns without their earliest ones, fewer and fewer, each time beginning with a user's; the last time without the
-  system turn too."""
+  """The turns without their earliest ones, fewer and fewer, each time beginning with a user's; the
+  last time without the system turn too."""
   system = turns[:1] if turns and turns[0].role == 'system' else ()
   starts = [i for i, turn in enumerate(turns) if turn.role == 'user' and i > len(system)]
   yield from ((*system, *turns[start:]) for start in starts)

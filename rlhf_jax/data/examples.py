@@ -14,7 +14,9 @@ class Turn:
 
 
 class Prompt(str):
-  """What the user said last, with all `turns` of the conversation up to there: what judges and reward functions get."""
+  """What the user said last, with all `turns` of the conversation up to there: what judges and
+  reward functions get.
+  """
   turns: tuple[Turn, ...]
 
   def __new__(cls, turns: tuple[Turn, ...]):
@@ -46,8 +48,9 @@ class Answer(str):
 class Example:
   """A prompt (turns, the last one not the assistant's) and C responses with ranks: 0 is best, equal ranks are ties.
 
-  One response is a demonstration, two or more are a comparison, none is a prompt to answer. Those that a policy wrote may
-  be an `Answer` each. `place` says where it came from ('train.jsonl row 17'), for messages.
+  One response is a demonstration, two or more are a comparison, none is a prompt to answer. Those
+  that a policy wrote may be an `Answer` each. `place` says where it came from ('train.jsonl row
+  17'), for messages.
   """
   prompt: tuple[Turn, ...]
   responses: tuple[str, ...] = ()
@@ -58,8 +61,8 @@ class Example:
 def fingerprint(examples: Iterable[Example]) -> str:
   """SHA-256 of all turns, responses and ranks, in their order; not of places, for files may move.
 
-  Of an `Answer` its ids count too. The same in every process. It tells whether a run that goes on has the data that it
-  began with.
+  Of an `Answer` its ids count too. The same in every process. It tells whether a run that goes on
+  has the data that it began with.
   """
   digest = hashlib.sha256()
   for example in examples:

@@ -1,7 +1,7 @@
 """Encoded rows kept on disk: who starts again reads them in seconds, where tokenizing took minutes.
 
-A file is named by all that its rows depend on: examples, tokenizer, template, limits. Rows hold numpy arrays, views of one
-array for all, since lists of Python numbers take ten times the memory.
+A file is named by all that its rows depend on: examples, tokenizer, template, limits. Rows hold
+numpy arrays, views of one array for all, since lists of Python numbers take ten times the memory.
 """
 
 import dataclasses
@@ -21,9 +21,11 @@ from rlhf_jax.data.examples import Example, fingerprint
 _FORMAT = 1  # of the file, and of what encode.py makes of the same settings
 
 
-def rows_key(read: Callable, examples: Sequence[Example], chat: Chat, limits: encode.Limits, skip_bad_rows: bool) -> str:
+def rows_key(read: Callable, examples: Sequence[Example], chat: Chat, limits: encode.Limits,
+             skip_bad_rows: bool) -> str:
   """A digest of all that the rows depend on, `read` being one of the functions of encode.py."""
-  settings = [_FORMAT, read.__name__, fingerprint(examples), chat.identity, dataclasses.asdict(limits), skip_bad_rows]
+  settings = [_FORMAT, read.__name__, fingerprint(examples), chat.identity,
+              dataclasses.asdict(limits), skip_bad_rows]
   return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
@@ -64,7 +66,8 @@ def _to_arrays(rows):
   ranked = isinstance(rows[0], RankedRows)
   single = [row for each in rows for row in each.rows] if ranked else rows
   ids = np.concatenate([np.asarray(row.ids, np.int64) for row in single])
-  arrays = {'ids': ids.astype(np.min_scalar_type(ids.max())), 'lengths': np.array([len(row.ids) for row in single]),
+  arrays = {'ids': ids.astype(np.min_scalar_type(ids.max())),
+            'lengths': np.array([len(row.ids) for row in single]),
             'mask': np.concatenate([np.asarray(row.mask, bool) for row in single]),
             'example': np.array([row.example for row in single])}
   if ranked:

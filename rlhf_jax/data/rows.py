@@ -364,7 +364,8 @@ def _transcript(name, text):
   """Turns of '\\n\\nHuman: ...\\n\\nAssistant: ...', the last of which may be empty."""
   before, *pieces = SPEAKER.split('\n\n' + text.replace('\r\n', '\n').lstrip())
   if before or pieces[0] != 'Human':
-    raise DataError(f"{name!r} is a transcript that starts with {shown(text)}; needed is '\\n\\nHuman:' there.")
+    raise DataError(f"{name!r} is a transcript that starts with {shown(text)}; needed is "
+                    "'\\n\\nHuman:' there.")
   turns = [Turn('user' if who == 'Human' else 'assistant', _text(name, said).strip())
            for who, said in zip(pieces[::2], pieces[1::2])]
   return _each_filled(name, turns[:-1]) + turns[-1:]
@@ -399,7 +400,8 @@ def _listed(name, value):
 def _message(name, message):
   keys = ('from', 'value') if isinstance(message, Mapping) and 'from' in message else ('role', 'content')
   if not isinstance(message, Mapping) or any(key not in message for key in keys):
-    raise DataError(f'{name!r} is {shown(message)}; needed is {{role, content}} or {{from, value}}.')
+    raise DataError(f'{name!r} is {shown(message)}; needed is {{role, content}} or '
+                    '{from, value}.')
   role, content = (message[key] for key in keys)
   if not isinstance(role, str) or role not in ROLES:
     raise DataError(f'{name!r} has role {shown(role)}; needed is one of {", ".join(ROLES)}.')

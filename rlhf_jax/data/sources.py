@@ -96,7 +96,7 @@ def held_out_split(path: str, split: str, named: str | None = None) -> str | Non
   where the source has no such split: then a share of the prompts is held out.
   """
   if named is not None:
-    if _local(path) is not None and not splits(path):                           # elsewhere, reading it will tell
+    if _local(path) is not None and not splits(path):  # elsewhere, reading it will tell
       raise DataError(f'{path} has no splits by name, so {named!r} cannot be held out of it. Name '
                       'a folder, or a set, that has both, or leave out --data.held-out-split.')
     return named

@@ -1,4 +1,5 @@
-"""Tokenizers, from a directory, a hub id or trained on the spot; the chat templates that we bring; padding.
+"""Tokenizers, from a directory, a hub id or trained on the spot; the chat templates that we bring;
+padding.
 
 Next: `chat.py`, which makes tokens of conversations.
 """
@@ -61,8 +62,8 @@ def load_tokenizer(path):
   import transformers
   here = pathlib.Path(path)
   if here.is_dir() and not any(any(here.glob(pattern)) for pattern in _TOKENIZER_FILES):
-    raise DataError(f'no tokenizer at {str(path)!r}: none of its files is one. Pass a directory that holds tokenizer.json '
-                    'and tokenizer_config.json, or a hub id.')
+    raise DataError(f'no tokenizer at {str(path)!r}: none of its files is one. Pass a directory '
+                    'that holds tokenizer.json and tokenizer_config.json, or a hub id.')
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
   except (OSError, ValueError) as error:
@@ -77,7 +78,8 @@ def load_tokenizer(path):
 
 
 def with_begin(template, tokenizer):
-  """A template that is not the tokenizer's own, with the begin token in front where the tokenizer puts it before a text.
+  """A template that is not the tokenizer's own, with the begin token in front where the tokenizer
+  puts it before a text.
 
   Models of such tokenizers (Llama, Mistral) have never seen a text without it.
   """
@@ -136,11 +138,14 @@ def save_tokenizer(tokenizer, directory):
 
 
 def export_tokenizer(tokenizer, directory, padding_side):
-  """The tokenizer's files beside an exported model: its template without the marks that only transformers reads.
+  """The tokenizer's files beside an exported model: its template without the marks that only
+  transformers reads.
 
-  Rows to be scored are padded on the right: transformers counts the positions of a padded row from its first slot.
+  Rows to be scored are padded on the right: transformers counts the positions of a padded row from
+  its first slot.
   """
   exported = copy.deepcopy(tokenizer)
   exported.chat_template = plain_jinja(tokenizer.get_chat_template())
-  exported.padding_side = exported.init_kwargs['padding_side'] = padding_side   # only the latter is always saved
+  # Only what is in init_kwargs is always saved.
+  exported.padding_side = exported.init_kwargs['padding_side'] = padding_side
   save_tokenizer(exported, directory)

@@ -34,11 +34,15 @@ class PPOLossConfig:
     within = lambda limit, low: limit is None or low < limit < math.inf
     check_fields(
       'PPO', self,
-      ('log_ratio_limit', within(self.log_ratio_limit, 0), 'positive, or None for no clamp', 'Pass None, or for example 10'),
+      ('log_ratio_limit', within(self.log_ratio_limit, 0), 'positive, or None for no clamp',
+       'Pass None, or for example 10'),
       ('clip', 0 < self.clip < math.inf, 'positive and finite', 'Pass for example 0.2'),
-      ('value_clip', within(self.value_clip, 0), 'positive, or None for no clip', 'Pass None, or for example 0.2'),
-      ('dual_clip', within(self.dual_clip, 1), 'above 1, or None for none', 'Pass 3, as Ye et al. 2020 do'),
-      ('value_weight', 0 <= self.value_weight < math.inf, 'finite and not below 0', 'Pass for example 0.1'),
+      ('value_clip', within(self.value_clip, 0), 'positive, or None for no clip',
+       'Pass None, or for example 0.2'),
+      ('dual_clip', within(self.dual_clip, 1), 'above 1, or None for none',
+       'Pass 3, as Ye et al. 2020 do'),
+      ('value_weight', 0 <= self.value_weight < math.inf, 'finite and not below 0',
+       'Pass for example 0.1'),
       ('entropy_weight', abs(self.entropy_weight) < math.inf, 'finite', 'Pass 0 for no bonus'))
 
 

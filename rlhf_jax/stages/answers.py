@@ -15,7 +15,9 @@ _WAVES = 8  # prompts to a slot when there are many to answer: slots idle only w
 
 
 def sampling(run):
-  """How this run's policies answer: at PPO's temperature, from the whole vocabulary, up to an end token or the limit."""
+  """How this run's policies answer: at PPO's temperature, from the whole vocabulary, up to an end
+  token or the limit.
+  """
   return Sampling(temperature=run.experiment.ppo.temperature, new_tokens=run.experiment.data.limits.response_tokens,
                   end_tokens=run.chat.end_tokens, pad_token=run.chat.pad_token)
 
@@ -56,19 +58,22 @@ def texts(run, rollout):
 
 
 def compile_ask(run):
-  """ask(policy parameters, examples, seed, samples): `samples` Answers to the prompt of every example, a list of lists."""
+  """ask(policy parameters, examples, seed, samples): `samples` Answers to the prompt of every
+  example, a list of lists.
+  """
   slots = run.experiment.ppo.slots or run.experiment.ppo.batch_size
   answer = compile_answer(run, slots)
 
   def ask(params, examples, seed, samples=1):
-    rows, counts = encode.prompts(examples, run.chat, run.experiment.data.limits, skip_bad_rows=True)
+    rows, counts = encode.prompts(
+      examples, run.chat, run.experiment.data.limits, skip_bad_rows=True)
     if counts.refused:
-      raise DataError(f'{counts.refused} of {len(examples)} prompts that the policy was asked to answer cannot be '
-                      f'encoded; the first: {counts.first_refusal}')
+      raise DataError(f'{counts.refused} of {len(examples)} prompts that the policy was asked to '
+                      f'answer cannot be encoded; the first: {counts.first_refusal}')
     if counts.too_long:
       raise DataError(f'{counts.too_long} of {len(examples)} prompts have more than '
-                      f'{run.experiment.data.limits.prompt_tokens} tokens. Raise --data.limits.prompt-tokens, or pass '
-                      '--data.limits.too-long truncate.')
+                      f'{run.experiment.data.limits.prompt_tokens} tokens. Raise '
+                      '--data.limits.prompt-tokens, or pass --data.limits.too-long truncate.')
     rows = [row for row in rows for _ in range(samples)]
     at_once, said = slots * min(_WAVES, -(-len(rows) // slots)), [''] * len(rows)
     for rollout, chosen in rollouts(run, answer, params, rows, jax.random.key(seed), at_once, run.experiment.ppo.lengths):

@@ -23,7 +23,8 @@ from rlhf_jax.step import init_state, make_eval_step, make_train_step
 def compile_step(runner, loss_fn, config):
   """(optimizer, step): the update of a stage with that config, compiled, and what made it."""
   optimizer = make_optimizer(dataclasses.replace(
-    config.optimizer, total_steps=config.optimizer.total_steps or config.steps, warmup_steps=warmup_steps(config)))
+    config.optimizer, total_steps=config.optimizer.total_steps or config.steps,
+    warmup_steps=warmup_steps(config)))
   step = make_train_step(loss_fn, optimizer, axis_name=runner.axis_name, microbatches=config.microbatches)
   return optimizer, runner.compile(step, inputs=('params', 'batch', 'same'), outputs=('params', 'same'), donate=(0,))
 
@@ -43,8 +44,8 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
   """
   runner, key = run.runner, jax.random.key(run.experiment.seed)
   if warmup_steps(config) < config.optimizer.warmup_steps:
-    print(f'{name}: a warm-up of {warmup_steps(config)} steps in place of {config.optimizer.warmup_steps}, so that it takes '
-          f'at most half of {config.steps}')
+    print(f'{name}: a warm-up of {warmup_steps(config)} steps in place of '
+          f'{config.optimizer.warmup_steps}, so that it takes at most half of {config.steps}')
   optimizer, step = compile_step(runner, loss_fn, config)
   evaluate = _evaluation(runner, loss_fn, held_out)
   with Checkpoints(run.checkpoints(name)) as checkpoints, run.log(name) as log:

@@ -95,7 +95,8 @@ def train(run):
       for iteration, prompts in enumerate(source.read(start, config.iterations), start):
         key = jax.random.fold_in(jax.random.key(experiment.seed), iteration)
         those_asked = [asked[i] for i in source.chosen(iteration)]
-        state, known, rollout = _iterate(run, programs, state, frozen, prompts, those_asked, key, kl_weight)
+        state, known, rollout = _iterate(
+          run, programs, state, frozen, prompts, those_asked, key, kl_weight)
         done = iteration + 1
         check_finite(run.runner, run.stage(NAME), done, known, rollout)
         _check_facts(done, known)
@@ -136,10 +137,11 @@ def _prompts(run, side):
 
 
 def _iterate(run, programs, state, frozen, prompts, asked, key, kl_weight):
-  """One iteration: (state, metrics, rollout); `asked` has the Prompt of each row of the whole batch.
+  """One iteration: (state, metrics, rollout); `asked` has the Prompt of each row of the whole
+  batch.
 
-  Seconds are measured with the devices drained in between. Where the answers lie beyond the KL limit nothing is learned
-  from them, and the metrics of the updates are absent.
+  Seconds are measured with the devices drained in between. Where the answers lie beyond the KL
+  limit nothing is learned from them, and the metrics of the updates are absent.
   """
   began = time.monotonic()
   answer_key, learn_key = jax.random.split(key)
@@ -187,7 +189,8 @@ def _learned(learned):
 
 
 def _extra_scores(run, asked, rollout):
-  """What the Python reward functions say of the answers to the Prompts `asked`: (weighted sum [B], means by name).
+  """What the Python reward functions say of the answers to the Prompts `asked`: (weighted sum [B],
+  means by name).
 
   Zeros where there are none.
 
@@ -197,7 +200,8 @@ def _extra_scores(run, asked, rollout):
   part = run.runner.part
   if not run.task.reward_functions:
     return np.zeros(rollout.ended_B.shape[0] // part[1], np.float32), {}
-  prompts, responses = (batches.share(all_texts, part) for all_texts in (asked, texts(run, rollout)))
+  prompts, responses = (
+    batches.share(all_texts, part) for all_texts in (asked, texts(run, rollout)))
   total_B, by_name = score_texts(run.task.reward_functions, prompts, responses)
   whole = run.runner.fetch(run.runner.place({f'{name}_B': score_B for name, score_B in by_name.items()}, 'batch'))
   return total_B, {f'reward/{name}': float(whole[f'{name}_B'].mean()) for name in by_name}
@@ -225,13 +229,15 @@ def _next_kl_weight(config, kl_weight, kl_nats):
 
 
 def _write_samples(run, iteration, asked, rollout):
-  rows = [said_row(prompt, {'response': response}) for prompt, response in zip(asked[:8], texts(run, rollout)[:8])]
+  rows = [said_row(prompt, {'response': response})
+          for prompt, response in zip(asked[:8], texts(run, rollout)[:8])]
   append_samples(run.stage(NAME), iteration, rows)
 
 
 def said_row(prompt, answers):
-  """{'prompt': what the user said last, name: answer}, and all 'turns' up to there where there are more."""
-  turns = {'turns': [[turn.role, turn.text] for turn in prompt.turns]} if len(prompt.turns) > 1 else {}
+  """{'prompt': what the user said last, name: answer}, and all 'turns' up to there if several."""
+  turns = ({'turns': [[turn.role, turn.text] for turn in prompt.turns]}
+           if len(prompt.turns) > 1 else {})
   return {'prompt': str(prompt)} | turns | {name: str(answer) for name, answer in answers.items()}
 
 
@@ -270,7 +276,7 @@ def compare(run):
   programs, frozen, trained = compile_programs(run, optimizer), frozen_models(run), restore(run)
   rows, asked = (each * run.experiment.ppo.held_out_answers for each in _prompts(run, 1))
   B = run.experiment.ppo.batch_size
-  whole = len(rows) // B * B or B                                               # whole batches, every answer counted once
+  whole = len(rows) // B * B or B  # whole batches, every answer counted once
   rows, prompts = ([each[i % len(each)] for i in range(whole)] for each in (rows, asked))
   table, said = {}, {}
   for name, params in (('SFT', trained | {'policy': frozen['reference']}), ('PPO', trained)):

@@ -28,7 +28,8 @@ def train(run):
   limits = experiment.data.limits
   train_examples, held_out_examples = _comparisons(run)
   train_rows, held_out_rows = (run.rows(NAME, encode.comparisons, examples, part).rows
-                               for examples, part in zip((train_examples, held_out_examples), PARTS))
+                               for examples, part in zip((train_examples, held_out_examples),
+                                                         PARTS))
   source = batches.comparison_batches(train_rows, batch_size=config.batch_size, length=limits.tokens, seed=experiment.seed,
                                       part=run.runner.part)
   candidates = max(len(row.rows) for row in (*train_rows, *held_out_rows))
@@ -125,7 +126,8 @@ def _comparisons(run):
 def _write(path, split):
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = [json.dumps({'held_out': held_out, 'prompt': [[turn.role, turn.text] for turn in example.prompt],
-                       'responses': example.responses, 'ranks': example.ranks, 'place': example.place,
+                       'responses': example.responses, 'ranks': example.ranks,
+                       'place': example.place,
                        'ids': [getattr(response, 'ids', None) for response in example.responses]})
            for held_out, examples in zip((False, True), split) for example in examples]
   unfinished = path.with_suffix('.unfinished')
@@ -138,6 +140,7 @@ def _read(path):
   for row in map(json.loads, path.read_text().splitlines()):
     prompt = tuple(itertools.starmap(Turn, row['prompt']))
     sampled = row.get('ids') or [None] * len(row['responses'])
-    responses = tuple(text if ids is None else Answer(text, ids) for text, ids in zip(row['responses'], sampled))
+    responses = tuple(text if ids is None else Answer(text, ids)
+                      for text, ids in zip(row['responses'], sampled))
     split[row['held_out']].append(Example(prompt, responses, tuple(row['ranks']), row['place']))
   return split

@@ -38,14 +38,14 @@ def train(run):
 
 
 def _say_what_is_trained(run, row):
-  """A line with the first row as the model sees it, and one where the model does not learn to end."""
+  """A line with the first row as the model sees it, and one where it does not learn to end."""
   shown = run.chat.shown(row.ids, row.mask).replace('\n', '\\n')
   if len(shown) > 2 * _SHOWN:
     shown = f'{shown[:_SHOWN]} ... {shown[-_SHOWN:]}'
   print(f'{NAME}: trained on is what stands between [[ and ]], for example {shown}')
   if row.ids[-1] in run.chat.end_tokens and not row.mask[-1]:
-    print(f'{NAME}: the {{% generation %}} marks of the chat template leave out the end token, so the model does not learn '
-          'to end its answers. Move it inside them.')
+    print(f'{NAME}: the {{% generation %}} marks of the chat template leave out the end token, so '
+          'the model does not learn to end its answers. Move it inside them.')
 
 
 def loss(run):

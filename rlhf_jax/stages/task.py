@@ -16,7 +16,8 @@ from rlhf_jax.metrics import Counter, MetricsLog
 from rlhf_jax.model.heads import LanguageModel, ScalarModel
 from rlhf_jax.runners import Runner
 
-_ENCODING_S = 24 * 3600  # how long the others wait while the first process encodes; if it dies, they know sooner
+# How long the others wait while the first process encodes; if it dies, they know sooner.
+_ENCODING_S = 24 * 3600
 Split = tuple[list[Example], list[Example]]  # to train on, held out
 PARTS = 'training', 'held-out'  # of a Split, in words
 
@@ -25,12 +26,13 @@ PARTS = 'training', 'held-out'  # of a Split, in words
 class Task:
   """Data and measures of an experiment.
 
-  `comparisons` are recorded rankings; or a function, for labellers who rank the policy's own answers. It is called with
-  answer(prompts, samples) -> an `Answer` for each sample, a list a prompt, which samples from the SFT policy. Who ranks
-  returns the same objects in the responses of its examples, so that they are compared as the tokens that were sampled.
-  `judge(prompts, responses)` measures answers beside the reward model, by name: prompts are what the user said last, each
-  with its `turns`; responses are texts, each with its `ids`. `reward_functions` maps names to (function, weight); they
-  get the same.
+  `comparisons` are recorded rankings; or a function, for labellers who rank the policy's own
+  answers. It is called with answer(prompts, samples) -> an `Answer` for each sample, a list a
+  prompt, which samples from the SFT policy. Who ranks returns the same objects in the responses of
+  its examples, so that they are compared as the tokens that were sampled. `judge(prompts,
+  responses)` measures answers beside the reward model, by name: prompts are what the user said
+  last, each with its `turns`; responses are texts, each with its `ids`. `reward_functions` maps
+  names to (function, weight); they get the same.
   """
   demonstrations: Split
   comparisons: Split | Callable[[Callable], Split]
@@ -80,16 +82,19 @@ class Run:
       raise CheckpointError(f'the stage {name} is not finished in {self.directory}, and what was asked for starts from the '
                             f'model that it leaves. Run it first: add {name} to --stages.')
 
-  def rows(self, stage: str, read: Callable[..., Encoded], examples: Sequence[Example], part: str) -> Encoded:
-    """What `read` (of encode.py) makes of a part of a stage's examples; kept beside the run for the next start.
+  def rows(self, stage: str, read: Callable[..., Encoded], examples: Sequence[Example],
+           part: str) -> Encoded:
+    """What `read` (of encode.py) makes of a part of a stage's examples; kept beside the run for the
+    next start.
 
     The first process encodes for all. What is left out or cut is said.
     """
     if not examples:
-      raise DataError(f'the {part} part of {stage} has no examples. Check the data path and --data.split, or hold out '
-                      'a larger share.')
+      raise DataError(f'the {part} part of {stage} has no examples. Check the data path and '
+                      '--data.split, or hold out a larger share.')
     data = self.experiment.data
-    name = f'{read.__name__}-{rows_key(read, examples, self.chat, data.limits, data.skip_bad_rows)[:20]}.npz'
+    name = (f'{read.__name__}-'
+            f'{rows_key(read, examples, self.chat, data.limits, data.skip_bad_rows)[:20]}.npz')
     path = self.directory / 'encoded' / name
 
     def encode():

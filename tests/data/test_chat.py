@@ -465,7 +465,8 @@ def test_a_turn_that_is_closed_only_once_others_follow_has_its_end():
 
 
 @pytest.mark.parametrize(
-  'joined, refused', [('\nyes', False), (':\nyes', True), ('se:\nyes', True), ('Response:\nyes', True)]
+  'joined, refused',
+  [('\nyes', False), (':\nyes', True), ('se:\nyes', True), ('Response:\nyes', True)]
 )
 def test_where_more_than_one_token_would_change_the_row_is_refused(joined, refused):
   """A tokenizer has a token for the prompt's end and the answer together.
@@ -499,7 +500,9 @@ def test_what_is_kept_is_bounded(tokenizer, monkeypatch):
   assert len(chat._prompts_kept) <= 5
 
 
-UNINVITED = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+UNINVITED = (
+  "{% for m in messages %}"
+  "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}")
 UNINVITED_MARKED = (
   "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
   "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
@@ -514,7 +517,7 @@ UNINVITED_PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_tok
   (UNINVITED_PLAIN.replace(": '", ":'"), 'user:hi<|im_end|>assistant:', 'yo<|im_end|>'),
 ])
 def test_a_template_that_invites_nobody_gets_the_header_of_the_answer(template, asked, answered):
-  """It ignores add_generation_prompt, so a policy would have to write the header of its own turn."""
+  """It ignores add_generation_prompt, so a policy would have to write its own header."""
   tokenizer = text.train_tokenizer([], 262)
   tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_start|>', '<|im_end|>']})
   tokenizer.eos_token, tokenizer.chat_template = '<|im_end|>', template
@@ -553,7 +556,8 @@ def test_an_end_token_that_is_not_special_nor_written_by_name_is_kept_out_of_tex
   chat = open_chat(tokenizer, generation_ends=tokenizer.convert_tokens_to_ids(list(ends)))
   said = [user('hi <stop> <end> x'), assistant('write <stop> and <end> to stop')]
   (row,) = chat.conversations([said])
-  count = {token: row.ids.count(tokenizer.convert_tokens_to_ids(token)) for token in ('<stop>', '<end>')}
+  count = {token: row.ids.count(tokenizer.convert_tokens_to_ids(token))
+           for token in ('<stop>', '<end>')}
   assert count == {'<stop>': 2, '<end>': 0 if ends else 2}  # a token that ends nothing is any word
   assert chat.answer_text(row.ids[row.start:]) == said[1].text
 
@@ -602,9 +606,11 @@ def test_the_closing_token_is_the_one_that_is_known_to_end(written, ends, found)
 
 
 @pytest.mark.parametrize('template', [
-  "{% for m in messages %}{{ '<|START|>' + m.role + ':' + m.content }}{% endfor %}{{ '<|START|>assistant:' }}",
+  "{% for m in messages %}{{ '<|START|>' + m.role + ':' + m.content }}{% endfor %}"
+  "{{ '<|START|>assistant:' }}",
   "{% for m in messages %}{{ '<|START|>' + m.role + ':' + m.content | upper }}{% endfor %}",
 ])
 def test_a_header_is_no_closing_token(template):
-  tokenizer = _with_tokens(tokenizers.AddedToken('<|START|>', special=True), template=template, eos='<|end|>')
+  tokenizer = _with_tokens(
+    tokenizers.AddedToken('<|START|>', special=True), template=template, eos='<|end|>')
   assert open_chat(tokenizer).end_tokens == (tokenizer.convert_tokens_to_ids('<|end|>'),)

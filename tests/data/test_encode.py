@@ -436,8 +436,8 @@ class TestRowsApart:
     )
     assert counted(counts) == {'untrained': 1}
     assert counts.sentences() == [
-      '1 earlier turns of the assistant are not trained: the chat template renders them differently '
-      'once others follow, and alone it refuses them or they are longer than the limits'
+      '1 earlier turns of the assistant are not trained: the chat template renders them '
+      'differently once others follow, and alone it refuses them or they are longer than the limits'
     ]
 
   def test_comparisons_have_none(self):
@@ -474,7 +474,8 @@ def test_each_count_is_said_in_a_sentence_of_its_own():
 def test_rows_of_arrays_hold_the_same(chat):
   examples = [example('q', 'yes', 'no', ranks=(1, 0)), example('abc', 'd', 'e')]
   for read in (encode.demonstrations, encode.comparisons, encode.prompts):
-    lists, arrays = (read(examples, chat, Limits(), as_arrays=arrays).rows for arrays in (False, True))
+    lists, arrays = (read(examples, chat, Limits(), as_arrays=arrays).rows
+                     for arrays in (False, True))
     flat = lambda rows: [row for each in rows for row in getattr(each, 'rows', [each])]
     assert [(row.ids.tolist(), row.mask.tolist(), row.example) for row in flat(arrays)] == [
       (row.ids, row.mask, row.example) for row in flat(lists)
@@ -485,7 +486,7 @@ def test_rows_of_arrays_hold_the_same(chat):
 
 
 def test_a_row_without_a_token_to_learn_is_left_out():
-  """The template marks an answer from its fifth character on; a limit of four cuts all of that off."""
+  """The template marks an answer from its fifth character on; a limit of four cuts that off."""
   chat = chat_with(
     "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}{{ 'says' }}"
     "{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}{% else %}{{ m.content }}"
@@ -493,14 +494,17 @@ def test_a_row_without_a_token_to_learn_is_left_out():
   examples = [example('a', 'bc'), example('a', 'd')]
   rows, _ = encode.demonstrations(examples, chat, Limits(60, 5, 'truncate'))
   assert [decoded(chat, row)[1] for row in rows] == ['b', 'd']
-  with pytest.raises(DataError, match=r'none of 2 examples fits into 60 prompt and 4 response tokens'):
+  with pytest.raises(DataError,
+                     match=r'none of 2 examples fits into 60 prompt and 4 response tokens'):
     encode.demonstrations(examples, chat, Limits(60, 4, 'truncate'))
 
 
 def test_one_that_is_refused_does_not_hide_behind_one_that_is_too_long(chat):
   bad = dataclasses.replace(example('a', 'b'), prompt=(Turn('user', '\ufdd0'),), place='x row 9')
-  with pytest.raises(DataError, match=r'none of 2 examples fits .* Besides, 1 of 2 examples .* x row 9'):
-    encode.demonstrations([bad, example('much too long', 'b')], chat, Limits(4, 4), skip_bad_rows=True)
+  with pytest.raises(DataError,
+                     match=r'none of 2 examples fits .* Besides, 1 of 2 examples .* x row 9'):
+    encode.demonstrations([bad, example('much too long', 'b')], chat, Limits(4, 4),
+                          skip_bad_rows=True)
 
 
 def test_a_prompt_without_turns_is_cut_like_any_other():

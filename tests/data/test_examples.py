@@ -1,4 +1,4 @@
-"""The fingerprint of examples: what it depends on, what it does not, and that no process has another."""
+"""The fingerprint of examples: what it depends on and what not, and that no process has another."""
 
 import dataclasses
 import os
@@ -15,15 +15,19 @@ PROMPT = Example((Turn('user', 'Hi?'),), place='x row 2')
 EXAMPLES = [TALK, PROMPT]
 
 OTHERS = {
-  'text of a turn': [dataclasses.replace(TALK, prompt=(Turn('system', 'Be brief!'), TALK.prompt[1])), PROMPT],
-  'role of a turn': [dataclasses.replace(TALK, prompt=(Turn('user', 'Be brief.'), TALK.prompt[1])), PROMPT],
+  'text of a turn': [
+    dataclasses.replace(TALK, prompt=(Turn('system', 'Be brief!'), TALK.prompt[1])), PROMPT],
+  'role of a turn': [
+    dataclasses.replace(TALK, prompt=(Turn('user', 'Be brief.'), TALK.prompt[1])), PROMPT],
   'a response': [dataclasses.replace(TALK, responses=('a', 'b ')), PROMPT],
   'ranks': [dataclasses.replace(TALK, ranks=(1, 0)), PROMPT],
   'order': [PROMPT, TALK],
   'one fewer': [TALK],
   'one twice': [TALK, PROMPT, PROMPT],
-  'a turn cut in two': [dataclasses.replace(TALK, prompt=(*TALK.prompt[:1], Turn('user', 'Größe'), Turn('user', '?'))),
-                        PROMPT],
+  'a turn cut in two': [
+    dataclasses.replace(
+      TALK, prompt=(*TALK.prompt[:1], Turn('user', 'Größe'), Turn('user', '?'))),
+    PROMPT],
   'responses joined': [dataclasses.replace(TALK, responses=('a", "b',), ranks=(0, 1)), PROMPT],
   'none': [],
 }

@@ -82,7 +82,8 @@ class TestKey:
 
   def test_it_changes_with_each_thing_that_rows_depend_on(self, chat):
     usual = {
-      'read': encode.comparisons, 'examples': EXAMPLES, 'chat': chat, 'limits': Limits(), 'skip_bad_rows': False
+      'read': encode.comparisons, 'examples': EXAMPLES, 'chat': chat, 'limits': Limits(),
+      'skip_bad_rows': False
     }
     tokenizer = train_tokenizer(['the cat sat on the mat'] * 3, 270)
     tokenizer.chat_template = TURN_TEMPLATE.replace("m['content']", "m['content'] | trim")

@@ -268,10 +268,12 @@ def test_a_reserved_token_that_the_template_uses_is_not_taken():
 def test_the_last_resort_is_a_special_token_without_a_use():
   """As SmolLM2's: padded with its end token, no row to spare, and every unused byte in a merge."""
   tokenizer, _ = _gpt2_with_merges_of(map(chr, (0xC0, 0xC1, *range(0xF5, 0x100))))
-  tokenizer.add_special_tokens({'additional_special_tokens': ['<turn>', '<repo>'], 'pad_token': END})
+  tokenizer.add_special_tokens(
+    {'additional_special_tokens': ['<turn>', '<repo>'], 'pad_token': END})
   tokenizer.chat_template = "{{ '<turn>' + messages[0].content + eos_token }}"
   padded = with_pad_token(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
-  assert padded.pad_token == '<repo>' and padded.pad_token_id == tokenizer.convert_tokens_to_ids('<repo>')
+  assert (padded.pad_token == '<repo>'
+          and padded.pad_token_id == tokenizer.convert_tokens_to_ids('<repo>'))
   assert tokenizer.pad_token == END
 
 

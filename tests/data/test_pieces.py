@@ -79,7 +79,8 @@ def test_a_pattern_of_strings_takes_the_longest():
 def test_thousands_of_special_tokens():
   """Tekken has a thousand. One of these reaches into two others, one into none."""
   added = [tokenizers.AddedToken(f'<|r{i}|>', normalized=False) for i in range(3000)]
-  added += [tokenizers.AddedToken(content, normalized=False) for content in ('x<|r7|>', 'y<|r9', '<|r')]
+  added += [tokenizers.AddedToken(content, normalized=False)
+            for content in ('x<|r7|>', 'y<|r9', '<|r')]
   starts = safe_starts([token.content for token in added], added)
   missing = {token.content for token in added} - set(starts)
   assert missing == {'<|r7|>', '<|r9|>', '<|r'} | {f'<|r9{more}|>' for more in range(10)} | {

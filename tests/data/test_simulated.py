@@ -181,7 +181,8 @@ def test_no_held_out_demonstration_is_of_a_training_prompt(seed):
 
 def test_held_out_demonstrations_have_the_shares_of_those_to_train_on_and_their_own_chance():
   shown, train = simulated.held_out_demonstrations(0, 4000), simulated.demonstrations(0, 4000)
-  found, expected = (simulated.summarise(part, [e.responses[0] for e in part]) for part in (shown, train))
+  found, expected = (
+    simulated.summarise(part, [e.responses[0] for e in part]) for part in (shown, train))
   for name in ('sarcastic', 'redundant', 'harmful', 'correct', 'polite'):
     assert found[name] == pytest.approx(expected[name], abs=.05), name
   counts = collections.Counter(e.prompt for e in shown).values()
@@ -303,7 +304,8 @@ def test_a_summary_is_made_of_means():
   (lambda: Shares(wrong=1.2), ConfigError, r'Shares.wrong is 1.2. A share lies in \[0, 1\]'),
   (lambda: Shares(both=.4), ConfigError, 'Shares.both is 0.4'),
   (lambda: simulated.prompts(0, .5), ConfigError, 'held_out_share is 0.5'),
-  (lambda: simulated.held_out_demonstrations(0, 5, held_out_share=0), DataError, 'Raise held_out_share above 0'),
+  (lambda: simulated.held_out_demonstrations(0, 5, held_out_share=0), DataError,
+   'Raise held_out_share above 0'),
   (lambda: simulated.rank(['a'], [1], np.random.default_rng(0), -1), ConfigError, "labeller's noise is -1"),
   (lambda: simulated.rank(['a'], [], np.random.default_rng(0), 1), DataError, '1 responses and 0 scores'),
   (lambda: simulated.label([], [['a']], 0, 1), DataError, '0 prompts and 1 lists of responses'),

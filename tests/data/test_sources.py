@@ -1,4 +1,4 @@
-"""Sources: each kind of file, folder and set, which splits they have, what a stage takes, and what each error says."""
+"""Sources: each kind of file, folder and set, their splits, what a stage takes, what errors say."""
 
 import dataclasses
 import gzip
@@ -154,7 +154,8 @@ def test_a_file_has_one_split(tmp_path):
   with pytest.raises(DataError, match=r"train.jsonl is one file, and split 'test' was asked of it. Name the file"):
     load_examples(tmp_path / 'train.jsonl', split='test')
   write(tmp_path / 'testing.jsonl', ROW)
-  with pytest.raises(DataError, match=r"testing.jsonl is one file, and split 'test' was asked of it"):
+  with pytest.raises(DataError,
+                     match=r"testing.jsonl is one file, and split 'test' was asked of it"):
     load_examples(tmp_path / 'testing.jsonl', split='test')
 
 
@@ -168,16 +169,18 @@ def test_folder_of_files(tmp_path):
   assert prompts(tmp_path) == ['a', 'b']
   assert prompts(tmp_path, split='test') == ['c']
   assert prompts(tmp_path, split='validation') == ['d']
-  named = (r"has no file for split 'dev'; it holds test.jsonl.gz, train-1.*Its splits are: test, train, validation. "
-           r'Name another with --data.split, or with --data.held-out-split .*save_to_disk')
+  named = (r"has no file for split 'dev'; it holds test.jsonl.gz, train-1.*Its splits are: test, "
+           'train, validation. Name another with --data.split, or with --data.held-out-split '
+           r'.*save_to_disk')
   with pytest.raises(DataError, match=named):
     load_examples(tmp_path, split='dev')
 
 
-SHARDS = ['train', 'train-00000-of-00002', 'train-00000-of-00002-abcdef0123', 'train_00000_of_00002',
-          'train_0', 'train.1', 'train-1', 'train0', 'train-00017']
-OTHERS = ['train_sft', 'train_prefs', 'training', 'training_backup', 'train-old', 'train_sft-00000-of-00001',
-          'train-1-old', 'train_0_bad', 'train-00000-of-', 'mytrain', 'Train', 'train_of_3', 'train.jsonl']
+SHARDS = ['train', 'train-00000-of-00002', 'train-00000-of-00002-abcdef0123',
+          'train_00000_of_00002', 'train_0', 'train.1', 'train-1', 'train0', 'train-00017']
+OTHERS = ['train_sft', 'train_prefs', 'training', 'training_backup', 'train-old',
+          'train_sft-00000-of-00001', 'train-1-old', 'train_0_bad', 'train-00000-of-', 'mytrain',
+          'Train', 'train_of_3', 'train.jsonl']
 
 
 @pytest.mark.parametrize('stem', SHARDS)
@@ -224,7 +227,8 @@ def test_a_source_without_named_splits_has_none_to_hold_out(tmp_path):
   datasets.Dataset.from_list(asks('a')).save_to_disk(tmp_path / 'saved')
   assert splits(tmp_path / 'saved') == [] and held_out_split(tmp_path / 'saved', 'train') is None
   for source in (path, tmp_path / 'saved'):
-    with pytest.raises(DataError, match=r"has no splits by name, so 'test' cannot be held out of it. Name a folder"):
+    with pytest.raises(DataError, match=r"has no splits by name, so 'test' cannot be held out of "
+                                        'it. Name a folder'):
       held_out_split(source, 'train', 'test')
   with pytest.raises(DataError, match='nowhere does not exist, seen from'):
     splits('./nowhere')
@@ -249,12 +253,15 @@ def test_save_to_disk(tmp_path):
   train.save_to_disk(tmp_path / 'one')
   datasets.Dataset.from_list(asks('e'), split='train').save_to_disk(tmp_path / 'named')
   assert prompts(tmp_path / 'both') == prompts(tmp_path / 'one') == ['a', 'b']
-  assert prompts(tmp_path / 'both', split='test') == prompts(tmp_path / 'sft', split='test_sft') == ['c']
-  assert splits(tmp_path / 'both') == ['train', 'test'] and splits(tmp_path / 'sft') == ['train_sft', 'test_sft']
+  assert (prompts(tmp_path / 'both', split='test') == prompts(tmp_path / 'sft', split='test_sft')
+          == ['c'])
+  assert (splits(tmp_path / 'both') == ['train', 'test']
+          and splits(tmp_path / 'sft') == ['train_sft', 'test_sft'])
   assert held_out_split(tmp_path / 'sft', 'train_sft') == 'test_sft'
-  assert prompts(tmp_path / 'one', split='train_sft') == ['a', 'b']               # it has no name of its own
+  assert prompts(tmp_path / 'one', split='train_sft') == ['a', 'b']  # it has no name of its own
   assert load_examples(tmp_path / 'both', split='test')[0][0].place == f'{tmp_path / "both"} test row 1'
-  with pytest.raises(DataError, match=r"both has no split 'dev'. Use one that it has: train, test. Name .* --data.split"):
+  with pytest.raises(DataError, match=r"both has no split 'dev'. Use one that it has: train, test. "
+                                      'Name .* --data.split'):
     load_examples(tmp_path / 'both', split='dev')
   assert prompts(tmp_path / 'named') == ['e'] and splits(tmp_path / 'named') == ['train']
   with pytest.raises(DataError, match=r"named has no split 'test'. Use one that it has: train"):
@@ -282,14 +289,18 @@ def test_the_splits_of_a_set_that_datasets_loads(tmp_path, monkeypatch):
   folder.mkdir()
   for split in ('train_sft', 'test_sft'):
     write(folder / f'{split}.jsonl', *asks(split))
-  (folder / 'README.md').write_text('---\nconfigs:\n- config_name: default\n  data_files:\n' + ''.join(
-    f'  - split: {split}\n    path: {split}.jsonl\n' for split in ('train_sft', 'test_sft')) + '---\n')
+  (folder / 'README.md').write_text(
+    '---\nconfigs:\n- config_name: default\n  data_files:\n' + ''.join(
+      f'  - split: {split}\n    path: {split}.jsonl\n' for split in ('train_sft', 'test_sft'))
+    + '---\n')
   source = f'hub:{folder}'
-  assert splits(source) == ['train_sft', 'test_sft'] and held_out_split(source, 'train_sft') == 'test_sft'
+  assert (splits(source) == ['train_sft', 'test_sft']
+          and held_out_split(source, 'train_sft') == 'test_sft')
   assert prompts(source, split='test_sft') == ['test_sft']
   with pytest.raises(DataError, match=r'Unknown split "train".*Name another with --data.split'):
     load_examples(source)
-  with pytest.raises(DataError, match=r'datasets\.get_dataset_split_names\(.nobody/nothing., None\) failed: '):
+  with pytest.raises(
+      DataError, match=r'datasets\.get_dataset_split_names\(.nobody/nothing., None\) failed: '):
     splits('nobody/nothing')
 
 
@@ -348,7 +359,8 @@ def test_tfds_folder(prepared):
 
 
 def test_tfds_errors(prepared, tmp_path):
-  with pytest.raises(DataError, match=r"\(dev\) cannot be read by .*: ValueError: Unknown split.* with --data.split"):
+  with pytest.raises(DataError, match=r"\(dev\) cannot be read by .*: ValueError: Unknown split.* "
+                                      'with --data.split'):
     load_examples(f'tfds:{prepared}', split='dev')
   with pytest.raises(DataError, match=r'tfds:\./nowhere: the folder does not exist, seen from .*dataset_info.json'):
     load_examples('tfds:./nowhere')
@@ -399,8 +411,9 @@ def test_an_unanswered_end_is_cut_from_a_demonstration():
   assert as_demonstrations([system]) == [dataclasses.replace(cut, prompt=(BRIEF, HI))]
   longer = chat('Hi?', 'Yo.', 'Why?', 'So.', 'Oh.')
   assert as_demonstrations([longer]) == [Example((HI, YO, WHY), ('So.',), (0,), 'x')]
-  assert as_demonstrations([dataclasses.replace(longer, prompt=(*longer.prompt, HI))])[0].responses == ('So.',)
-  assert as_prompts([longer]) == [longer]                                        # as a prompt it stays whole
+  assert as_demonstrations(
+    [dataclasses.replace(longer, prompt=(*longer.prompt, HI))])[0].responses == ('So.',)
+  assert as_prompts([longer]) == [longer]  # as a prompt it stays whole
 
 
 def test_what_can_be_no_demonstration_is_left_out():

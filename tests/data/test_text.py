@@ -89,7 +89,8 @@ class TestLoad:
     text.save_tokenizer(_bare(tokenizer, eos_token='<|end|>'), tmp_path)
     loaded = text.load_tokenizer(tmp_path)
     turns = [Turn('system', 'be kind'), user('hi'), assistant('yo'), user('why')]
-    (prompt,), (row,) = (open_chat(loaded).prompts([turns]), open_chat(loaded).conversations([[*turns, assistant('so')]]))
+    (prompt,), (row,) = (open_chat(loaded).prompts([turns]),
+                         open_chat(loaded).conversations([[*turns, assistant('so')]]))
     assert loaded.decode(prompt) == (
       '\n\nSystem: be kind\n\nHuman: hi\n\nAssistant: yo<|end|>\n\nHuman: why\n\nAssistant:')
     assert loaded.decode(row.ids).endswith('\n\nAssistant: so<|end|>')
@@ -123,7 +124,8 @@ class TestBegin:
     llama = FAMILIES['Llama 3'].tokenizer()
     assert text.with_begin('x', llama) == '{{ bos_token }}x'
     assert text.with_begin('{{ bos_token }}x', llama) == '{{ bos_token }}x'       # once
-    assert text.with_begin('x', FAMILIES['Llama 2'].tokenizer()) == 'x'           # it has one, and does not write it
+    # It has a begin token, and does not write it.
+    assert text.with_begin('x', FAMILIES['Llama 2'].tokenizer()) == 'x'
 
 
 class TestPlainJinja:
@@ -131,15 +133,18 @@ class TestPlainJinja:
   def test_every_jinja_reads_it_and_renders_the_same(self, name):
     family = FAMILIES[name]
     tokenizer = copy.deepcopy(family.tokenizer())
-    settings = dict(messages=[{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b\n'}],
-                    **tokenizer.special_tokens_map)
+    settings = dict(
+      messages=[{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b\n'}],
+      **tokenizer.special_tokens_map)
     expected = tokenizer.apply_chat_template(settings['messages'], tokenize=False)
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    assert environment.from_string(text.plain_jinja(tokenizer.chat_template)).render(**settings) == expected
+    assert environment.from_string(
+      text.plain_jinja(tokenizer.chat_template)).render(**settings) == expected
     assert text.plain_jinja(tokenizer.chat_template) == tokenizer.chat_template or family.marked
 
   @pytest.mark.parametrize('template', [
-    'a  {%- generation -%}\n b {%- endgeneration %}\nc', 'a\n  {%generation%}\nb{%  endgeneration  -%}  c',
+    'a  {%- generation -%}\n b {%- endgeneration %}\nc',
+    'a\n  {%generation%}\nb{%  endgeneration  -%}  c',
     'a {%+ generation %} b {% endgeneration +%}\n c'])
   def test_it_keeps_the_white_space(self, tokenizer, template):
     marked = copy.deepcopy(tokenizer)
@@ -154,9 +159,10 @@ def test_an_exported_tokenizer_has_the_template_without_marks(tokenizer, tmp_pat
   text.export_tokenizer(tokenizer, tmp_path, side)
   exported = text.load_tokenizer(tmp_path)
   assert exported.padding_side == side and tokenizer.padding_side == 'left'
-  assert tokenizer.chat_template == text.TURN_TEMPLATE                            # this one keeps them
+  assert tokenizer.chat_template == text.TURN_TEMPLATE  # this one keeps them
   assert 'generation %}' not in exported.chat_template
   jinja2.Environment().parse(exported.chat_template)
   talk = [(user('the cat?'), assistant('sat'), user('雨'), assistant('on 42'))]
-  (row,), (original,) = open_chat(exported).conversations(talk), open_chat(tokenizer).conversations(talk)
+  (row,), (original,) = (open_chat(exported).conversations(talk),
+                         open_chat(tokenizer).conversations(talk))
   assert row == original

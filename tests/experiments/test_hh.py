@@ -14,7 +14,8 @@ from rlhf_jax import cli, config
 from rlhf_jax.errors import DataError
 from rlhf_jax.metrics import read_metrics
 
-SETTINGS = {'data.limits.prompt_tokens': 100, 'data.limits.response_tokens': 8, 'tensorboard': False,
+SETTINGS = {'data.limits.prompt_tokens': 100, 'data.limits.response_tokens': 8,
+            'tensorboard': False,
             'sft.steps': 3, 'sft.batch_size': 8, 'sft.optimizer.warmup_steps': 0, 'reward.steps': 3,
             'reward.batch_size': 8, 'reward.optimizer.warmup_steps': 0,
             'ppo.iterations': 2, 'ppo.batch_size': 8, 'ppo.epochs': 2}
@@ -48,7 +49,8 @@ def experiment(folder, **settings):
 
 
 def test_all_stages_run_from_a_hugging_face_directory_and_the_export_speaks_in_transformers(folder, tmp_path, capsys):
-  start, params = make_directory(tmp_path / 'llama', [said for thing in THINGS for said in pair(thing).values()])
+  start, params = make_directory(
+    tmp_path / 'llama', [said for thing in THINGS for said in pair(thing).values()])
   directory = tmp_path / 'run'
   results = cli.run_stages(experiment(folder, pretrained=start), hh.make_task, directory)
 
@@ -59,7 +61,8 @@ def test_all_stages_run_from_a_hugging_face_directory_and_the_export_speaks_in_t
   assert results['table']['SFT']['KL, nats per answer'] == 0 and np.isfinite(results['table']['PPO']['score'])
   printed = capsys.readouterr().out
   assert '12 examples, 2 bad rows skipped, the first: ' in printed
-  assert r'sft: trained on is what stands between [[ and ]], for example <|im_start|>system\nBe brief.<|im_' in printed
+  assert (r'sft: trained on is what stands between [[ and ]], for example '
+          r'<|im_start|>system\nBe brief.<|im_') in printed
 
   for stage in ('sft', 'ppo'):
     exported = directory / stage / 'export'
@@ -69,7 +72,7 @@ def test_all_stages_run_from_a_hugging_face_directory_and_the_export_speaks_in_t
     assert 0 < np.abs(moved).max() < 1
     asked = tokenizer.apply_chat_template([{'role': 'user', 'content': 'How do I make tea?'}], add_generation_prompt=True,
                                           return_tensors='pt', return_dict=True)
-    assert model.generation_config.eos_token_id == [2, 0]                       # <|im_end|>, and the model's own
+    assert model.generation_config.eos_token_id == [2, 0]  # <|im_end|>, and the model's own
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id not in (0, 2)
     said = model.generate(**asked, max_new_tokens=5, do_sample=False)
     assert said.shape[1] > asked['input_ids'].shape[1] and isinstance(tokenizer.decode(said[0]), str)
@@ -93,7 +96,8 @@ def test_what_people_chose_is_imitated_and_every_prompt_is_asked_once(folder):
 def test_without_a_test_split_a_share_of_the_prompts_is_held_out(folder, as_file):
   (folder / 'test.jsonl.gz').unlink()
   path = folder / 'train.jsonl.gz' if as_file else folder
-  begun_apart = [{name: talk.replace('Hello.', f'Hello, {thing}.') for name, talk in pair(thing).items()}
+  begun_apart = [{name: talk.replace('Hello.', f'Hello, {thing}.')
+                  for name, talk in pair(thing).items()}
                  for thing in THINGS]
   write(folder / 'train.jsonl.gz', begun_apart)
   train, held_out = hh.load(experiment(path, **{'data.held_out_share': 0.4}))
@@ -112,15 +116,17 @@ def test_the_test_split_that_goes_with_the_split_is_held_out(tmp_path):
   assert load(split='train_sft') == (12, 2)
   assert load(split='train_sft', held_out_split='test') == (12, 3)
   assert load(split='train_prefs', held_out_split='train_sft') == (5, 12)
-  assert sum(load(split='train_prefs', held_out_share=0.5)) == 5               # there is no test_prefs
-  with pytest.raises(DataError, match=r"no file for split 'train'.*Its splits are: test, test_sft, train_prefs, train_sft"):
+  assert sum(load(split='train_prefs', held_out_share=0.5)) == 5  # there is no test_prefs
+  with pytest.raises(DataError, match=r"no file for split 'train'.*Its splits are: test, test_sft, "
+                                      'train_prefs, train_sft'):
     load()
 
 
 @pytest.mark.parametrize('share, message', [
-  (1e-9, 'the held-out part of the demonstrations is empty: 0 of 12 prompts fell into --data.held-out-share 1e-09; '
-         'raise it or name --data.held-out-split'),
-  (1 - 1e-9, 'the training part of the demonstrations is empty: 12 of 12 prompts fell into .*; lower it or name')])
+  (1e-9, 'the held-out part of the demonstrations is empty: 0 of 12 prompts fell into '
+         '--data.held-out-share 1e-09; raise it or name --data.held-out-split'),
+  (1 - 1e-9, 'the training part of the demonstrations is empty: 12 of 12 prompts fell into .*; '
+             'lower it or name')])
 def test_a_share_that_leaves_a_part_empty_is_an_error(folder, share, message):
   (folder / 'test.jsonl.gz').unlink()
   with pytest.raises(DataError, match=message):
@@ -129,10 +135,12 @@ def test_a_share_that_leaves_a_part_empty_is_an_error(folder, share, message):
 
 def test_a_part_of_which_no_example_is_what_a_stage_needs_is_named(folder):
   write(folder / 'test.jsonl.gz', [{'prompt': 'How do I make ink?'}])
-  with pytest.raises(DataError, match=r'^the held-out part of the demonstrations is empty: none of the 1 examples has a'):
+  with pytest.raises(DataError, match=r'^the held-out part of the demonstrations is empty: none of '
+                                      'the 1 examples has a'):
     hh.make_task(experiment(folder))
   write(folder / 'test.jsonl.gz', [{'prompt': 'How do I make ink?', 'response': 'Look it up.'}])
-  with pytest.raises(DataError, match=r'^the held-out part of the comparisons is empty: none of the 1 examples has two'):
+  with pytest.raises(DataError, match=r'^the held-out part of the comparisons is empty: none of '
+                                      'the 1 examples has two'):
     hh.make_task(experiment(folder))
 
 
@@ -141,17 +149,22 @@ def test_examples_that_a_stage_cannot_use_are_counted(folder, capsys):
           {'text': pair('jam')['chosen'] + '\n\nHuman: Thanks.'}]
   write(folder / 'train.jsonl.gz', rows)
   task = hh.make_task(experiment(folder))
-  assert [len(part) for part in (*task.demonstrations, *task.comparisons, *task.prompts)] == [4, 3, 2, 3, 5, 3]
-  assert task.demonstrations[0][-1].responses == ('Gladly. Look it up.',)         # what it did not answer is cut
+  assert [len(part) for part in (*task.demonstrations, *task.comparisons, *task.prompts)
+          ] == [4, 3, 2, 3, 5, 3]
+  # What it did not answer is cut.
+  assert task.demonstrations[0][-1].responses == ('Gladly. Look it up.',)
   said = capsys.readouterr().out
-  assert 'the training part of the demonstrations: 1 of 5 examples lack the responses for it, and are left out\n' in said
-  assert 'the training part of the comparisons: 3 of 5 examples lack the responses for it, and are left out\n' in said
+  assert ('the training part of the demonstrations: 1 of 5 examples lack the responses for it, and '
+          'are left out\n') in said
+  assert ('the training part of the comparisons: 3 of 5 examples lack the responses for it, and '
+          'are left out\n') in said
   assert 'held-out part' not in said
 
 
 def test_data_without_rankings_has_demonstrations_all_the_same(folder, capsys):
   for split in ('train', 'test'):
-    write(folder / f'{split}.jsonl.gz', [{'prompt': thing, 'response': 'Look it up.'} for thing in THINGS])
+    write(folder / f'{split}.jsonl.gz',
+          [{'prompt': thing, 'response': 'Look it up.'} for thing in THINGS])
   task = hh.make_task(experiment(folder))
   assert len(task.demonstrations[0]) == 12 and task.comparisons == ([], [])
   assert 'no example has two or more ranked responses' in capsys.readouterr().out

@@ -32,16 +32,18 @@ def test_other_layouts_are_read_as_everywhere():
   assert tldr.to_example({'prompt': QUERY, 'label': 'Clicks.'}) == Example((Turn('user', QUERY),), ('Clicks.',), (0,))
 
 
-DENSE = QUERY.replace('\n\n', '\n')                                               # as CarperAI's copy has it
+DENSE = QUERY.replace('\n\n', '\n')  # as CarperAI's copy has it
 LABELLED = {
   'label': {'prompt': QUERY, 'label': ' A knee.'},
   'completion': {'prompt': QUERY, 'completion': ' A knee.'},
   'space after the prompt': {'prompt': QUERY + ' ', 'completion': 'A knee.\n'},
   'other space in the prompt': {'prompt': DENSE, 'label': 'A knee.'},
-  'space around the post': {'prompt': QUERY.replace('knee clicks\n', 'knee clicks \n').replace('\n\nTL', '\n\n\nTL'),
-                            'label': ' A knee.'},
+  'space around the post': {
+    'prompt': QUERY.replace('knee clicks\n', 'knee clicks \n').replace('\n\nTL', '\n\n\nTL'),
+    'label': ' A knee.'},
   'without TL;DR': {'prompt': QUERY.removesuffix('\n\nTL;DR:'), 'label': 'A knee.'},
-  'messages': {'messages': [{'role': 'user', 'content': QUERY}, {'role': 'assistant', 'content': ' A knee.'}]},
+  'messages': {'messages': [{'role': 'user', 'content': QUERY},
+                            {'role': 'assistant', 'content': ' A knee.'}]},
   'a post': POST | {'summary': ' A knee.'},
 }
 
@@ -55,13 +57,15 @@ def test_a_post_with_a_summary_is_the_same_whatever_its_layout(row):
 def test_a_comparison_is_the_same_whatever_its_layout(prompt):
   row = {'prompt': prompt, 'chosen': ' A knee.', 'rejected': ' Knee clicks since May.'}
   assert tldr.to_example(row) == tldr.to_example(COMPARISON)
-  with pytest.raises(DataError, match='row 3: all 2 responses are equal, but for the space around them; needed are'):
+  with pytest.raises(DataError, match='row 3: all 2 responses are equal, but for the space around '
+                                      'them; needed are'):
     tldr.to_example({'prompt': prompt, 'chosen': ' A knee.', 'rejected': 'A knee.'}, 'row 3')
 
 
 def test_a_prompt_that_is_no_post_keeps_its_text():
   row = {'prompt': '  Sum up:\n\nTITLE: x ', 'label': ' A knee.'}
-  assert tldr.to_example(row) == Example((Turn('user', '  Sum up:\n\nTITLE: x'),), ('A knee.',), (0,))
+  assert tldr.to_example(row) == Example(
+    (Turn('user', '  Sum up:\n\nTITLE: x'),), ('A knee.',), (0,))
 
 
 @pytest.mark.parametrize('row, match', [
@@ -124,6 +128,7 @@ def test_all_stages_run_on_rows_of_both_layouts(tmp_path):
   results = cli.run_stages(small, tldr.make_task, tmp_path / 'run', cli.Command(export=False))
   tokenizer = load_tokenizer(tmp_path / 'run' / 'tokenizer')
   tokenizer.chat_template = tldr.make_task(small).chat_template
-  (conversation,) = open_chat(tokenizer).conversations([[Turn('user', QUERY), Turn('assistant', 'A knee.')]])
+  (conversation,) = open_chat(tokenizer).conversations(
+    [[Turn('user', QUERY), Turn('assistant', 'A knee.')]])
   assert tokenizer.decode(conversation.ids) == f'{QUERY} A knee.<|end|>'
   assert results['reward']['pairs'] == 2 and set(results['table']) == {'SFT', 'PPO'}

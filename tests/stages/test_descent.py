@@ -86,10 +86,12 @@ def test_what_is_longer_than_the_limits_is_left_out_and_counted(tmp_path, capsys
 
 def test_a_warm_up_of_more_than_half_of_the_stage_is_cut_and_said(tmp_path, capsys):
   settings = {'sft__steps': 3, 'sft__optimizer__learning_rate': 1e-3}
-  long, short = (prepare(tmp_path / str(steps), settings=settings | {'sft__optimizer__warmup_steps': steps})
+  long, short = (prepare(tmp_path / str(steps),
+                         settings=settings | {'sft__optimizer__warmup_steps': steps})
                  for steps in (9, 1))
   sft.train(long)
-  assert 'sft: a warm-up of 1 steps in place of 9, so that it takes at most half of 3' in capsys.readouterr().out
+  assert ('sft: a warm-up of 1 steps in place of 9, so that it takes at most half of 3'
+          in capsys.readouterr().out)
   sft.train(short)
   assert 'warm-up' not in capsys.readouterr().out
   assert_same_bits(sft.restore(long), sft.restore(short))

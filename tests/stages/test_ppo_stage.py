@@ -83,7 +83,8 @@ def test_answers_from_a_queue_are_the_same(finished, plain, tmp_path):
   assert first['score'] == pytest.approx(together['score'], abs=1e-5)
 
 
-@pytest.mark.parametrize('done, broken', [(1, {'kl_nats_per_sequence': 0.01}), (3, {'first_ratio': 1.01})])
+@pytest.mark.parametrize(
+  'done, broken', [(1, {'kl_nats_per_sequence': 0.01}), (3, {'first_ratio': 1.01})])
 def test_in_tests_a_broken_fact_is_an_error(done, broken):
   """A run only warns. Here pyproject.toml makes errors of two warnings, by their texts."""
   facts = {'kl_nats_per_sequence': 0.0, 'first_ratio': 1.0, 'ended': 0.5}
@@ -204,12 +205,14 @@ def test_prompts_over_the_limit_are_skipped_and_counted_or_cut(finished, tmp_pat
     return dataclasses.replace(run, task=dataclasses.replace(run.task, prompts=([prompt('this ' * 20), *train], held_out)))
   run = prepare(copy(finished, tmp_path / 'skip', 'tokenizer', 'sft', 'reward'), settings=QUICK)
   ppo.train(task(run))
-  assert 'ppo, training: 1 of 17 examples are longer than --data.limits allow, and are skipped' in capsys.readouterr().out
+  assert ('ppo, training: 1 of 17 examples are longer than --data.limits allow, and are skipped'
+          in capsys.readouterr().out)
   run = prepare(copy(finished, tmp_path / 'cut', 'tokenizer', 'sft', 'reward'),
                 settings=QUICK | {'data__limits__too_long': 'truncate', 'ppo__iterations': 1})
   run = task(run)
   ppo.train(run)
-  assert 'ppo, training: 1 of 17 examples are longer than --data.limits allow, and are truncated' in capsys.readouterr().out
+  assert ('ppo, training: 1 of 17 examples are longer than --data.limits allow, and are truncated'
+          in capsys.readouterr().out)
   asked = ppo.compare(dataclasses.replace(run, task=dataclasses.replace(run.task, prompts=run.task.prompts[::-1])))[1]
   assert f"Want {'this ' * 20}?" in asked['PPO'][0]                               # whole, although the policy saw its end
 
@@ -231,13 +234,14 @@ def test_slots_that_no_answer_reaches_are_cut_to_one_of_so_many_lengths(longest,
 
 def test_a_run_with_several_lengths(finished, tmp_path):
   """Prompts of 14 tokens at most are padded to fewer, and each says what it says in a run of one length."""
-  settings, seen = {'ppo__lengths': 18, 'ppo__batch_size': 2, 'data__limits__response_tokens': 18}, []
+  settings, seen = {
+    'ppo__lengths': 18, 'ppo__batch_size': 2, 'data__limits__response_tokens': 18}, []
   run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft', 'reward'), settings=QUICK | settings)
   with pytest.MonkeyPatch.context() as patch:
     trim = ppo._trimmed
     patch.setattr(ppo, '_trimmed', lambda *args: seen.append(trim(*args)) or seen[-1])
     ppo.train(run)
-  for rollout in seen:                                                          # the longest of each fills its slots
+  for rollout in seen:  # the longest of each fills its slots
     assert rollout.valid_BT[:, 0].any() and rollout.mask_BR[:, -1].any()
     assert rollout.tokens_BT.shape[1] - rollout.mask_BR.shape[1] < 14
   assert min(rollout.mask_BR.shape[1] for rollout in seen) < 18

@@ -85,7 +85,8 @@ def test_nothing_to_order():
 
 def training_scores(run):
   """The finished model's score of every training response, each encoded alone and unpadded to a common batch."""
-  ranked, _ = encode.comparisons(run.task.comparisons(None)[0], run.chat, run.experiment.data.limits)
+  ranked, _ = encode.comparisons(
+    run.task.comparisons(None)[0], run.chat, run.experiment.data.limits)
   rows = [row for prompt in ranked for row in prompt.rows]
   batch = collate_demonstrations(rows, run.experiment.data.limits.tokens)
   score = jax.jit(functools.partial(forward.scores, run.reward))
@@ -126,15 +127,18 @@ def test_prompts_with_fewer_responses_than_others(finished, tmp_path):
 def test_recorded_rankings_give_the_same_as_a_function_that_returns_them(finished, tmp_path):
   run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'))
   recorded = run.task.comparisons(None)
-  measured = reward.train(dataclasses.replace(run, task=dataclasses.replace(run.task, comparisons=recorded)))
+  measured = reward.train(
+    dataclasses.replace(run, task=dataclasses.replace(run.task, comparisons=recorded)))
   assert_same_bits(reward.restore(run), reward.restore(prepare(finished)))
-  assert measured['accuracy'] == read_meta(prepare(finished).checkpoints('reward'))['evaluation']['accuracy']
+  assert (measured['accuracy']
+          == read_meta(prepare(finished).checkpoints('reward'))['evaluation']['accuracy'])
   assert not (run.stage('reward') / 'comparisons.jsonl').exists()               # nobody was asked
 
 
 def test_data_without_rankings_is_refused(finished, tmp_path):
   run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'), comparisons=([], []))
-  with pytest.raises(DataError, match='there are no comparisons: none of the examples has two or more ranked responses'):
+  with pytest.raises(DataError, match='there are no comparisons: none of the examples has two or '
+                                      'more ranked responses'):
     reward.train(run)
 
 

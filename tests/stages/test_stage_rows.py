@@ -1,4 +1,4 @@
-"""What the stages take of texts: rows that are kept, answers as they were sampled, prompts as people wrote them."""
+"""What the stages take of texts: rows that are kept, answers as sampled, prompts as written."""
 
 import dataclasses
 import datetime
@@ -19,7 +19,8 @@ from rlhf_jax.metrics import read_samples
 from rlhf_jax.stages import ppo, reward, sft
 from rlhf_jax.stages.answers import compile_ask, sampling
 
-QUICK = {'ppo__epochs': 1, 'ppo__minibatches': 1, 'ppo__iterations': 1, 'ppo__optimizer__schedule': 'constant'}
+QUICK = {'ppo__epochs': 1, 'ppo__minibatches': 1, 'ppo__iterations': 1,
+         'ppo__optimizer__schedule': 'constant'}
 HISTORY = (Turn('user', 'Tea?'), Turn('assistant', 'Why?'), Turn('user', 'So!'))
 
 
@@ -27,10 +28,11 @@ HISTORY = (Turn('user', 'Tea?'), Turn('assistant', 'Why?'), Turn('user', 'So!'))
 
 def test_what_was_encoded_is_read_the_next_time(finished, tmp_path, monkeypatch):
   run = prepare(copy(finished, tmp_path, 'tokenizer'))
-  examples = [prompt(thing, responses=('Yes.',), ranks=(0,)) for thing in ('tea', 'a very very long thing')]
+  examples = [prompt(thing, responses=('Yes.',), ranks=(0,))
+              for thing in ('tea', 'a very very long thing')]
   first = run.rows('sft', encode.demonstrations, examples, 'training')
   assert first.counts.too_long == 1 and len(list((tmp_path / 'encoded').iterdir())) == 1
-  monkeypatch.setattr(type(run.chat), 'conversations', None)                      # now it cannot encode
+  monkeypatch.setattr(type(run.chat), 'conversations', None)  # now it cannot encode
   again = run.rows('sft', encode.demonstrations, list(examples), 'training')
   assert [row.ids.tolist() for row in again.rows] == [row.ids.tolist() for row in first.rows]
   assert again.counts == first.counts
@@ -59,23 +61,29 @@ def test_a_row_that_cannot_be_encoded_stops_the_stage_or_is_skipped(finished, tm
   bad = Example((Turn('user', 'so \ufdd0'),), ('Yes.',), (0,), 'train.jsonl row 7')
 
   def run(**settings):
-    made = prepare(copy(finished, tmp_path / str(len(settings)), 'tokenizer'), settings={'sft__steps': 1} | settings)
+    made = prepare(copy(finished, tmp_path / str(len(settings)), 'tokenizer'),
+                   settings={'sft__steps': 1} | settings)
     train, held_out = made.task.demonstrations
-    return dataclasses.replace(made, task=dataclasses.replace(made.task, demonstrations=([*train, bad], held_out)))
-  with pytest.raises(DataError, match=r'train\.jsonl row 7: a turn of the user holds .* or pass --data\.skip-bad-rows'):
+    return dataclasses.replace(
+      made, task=dataclasses.replace(made.task, demonstrations=([*train, bad], held_out)))
+  with pytest.raises(DataError, match=r'train\.jsonl row 7: a turn of the user holds .* or pass '
+                                      r'--data\.skip-bad-rows'):
     sft.train(run())
   sft.train(run(data__skip_bad_rows=True))
-  assert 'sft, training: 1 of 41 examples cannot be encoded, and are skipped; the first: train.jsonl row 7' in \
-    capsys.readouterr().out
+  assert ('sft, training: 1 of 41 examples cannot be encoded, and are skipped; the first: '
+          'train.jsonl row 7') in capsys.readouterr().out
 
 
 def test_a_run_says_what_is_trained_on(finished, tmp_path, capsys):
   run = prepare(copy(finished, tmp_path, 'tokenizer'), settings={'sft__steps': 1})
   first = Example(HISTORY, ('Yes.',), (0,))
   train, held_out = run.task.demonstrations
-  sft.train(dataclasses.replace(run, task=dataclasses.replace(run.task, demonstrations=([first, *train], held_out))))
-  said = [line for line in capsys.readouterr().out.splitlines() if line.startswith('sft: trained on is')]
-  assert said == ['sft: trained on is what stands between [[ and ]], for example <|user|>Tea?<|assistant|>[[Why?<|end|>]]'
+  sft.train(dataclasses.replace(
+    run, task=dataclasses.replace(run.task, demonstrations=([first, *train], held_out))))
+  said = [line for line in capsys.readouterr().out.splitlines()
+          if line.startswith('sft: trained on is')]
+  assert said == ['sft: trained on is what stands between [[ and ]], for example '
+                  '<|user|>Tea?<|assistant|>[[Why?<|end|>]]'
                   '<|user|>So!<|assistant|>[[Yes.<|end|>]]']
 
 
@@ -83,10 +91,12 @@ def test_a_run_says_what_is_trained_on(finished, tmp_path, capsys):
 
 def test_sampled_answers_are_compared_as_their_ids(finished, tmp_path):
   """Also those of exactly R tokens without an end, which as texts would be a token too long."""
-  run, seen = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'), settings={'reward__steps': 1}), []
+  run, seen = prepare(
+    copy(finished, tmp_path, 'tokenizer', 'sft'), settings={'reward__steps': 1}), []
 
   def comparisons(ask):
-    examples = [prompt(thing) for thing in ('tea', 'ink', 'jam', 'glue', 'soup', 'a kite', 'a raft', 'a lamp', 'a sled')]
+    examples = [prompt(thing) for thing in (
+      'tea', 'ink', 'jam', 'glue', 'soup', 'a kite', 'a raft', 'a lamp', 'a sled')]
     answers = ask(examples, 3)
     ranked = [dataclasses.replace(example, responses=tuple(said), ranks=(0, 1, 2))
               for example, said in zip(examples, answers) if len({each.ids for each in said}) == 3]
@@ -99,16 +109,18 @@ def test_sampled_answers_are_compared_as_their_ids(finished, tmp_path):
   R = run.experiment.data.limits.response_tokens
   cut = [answer for example in seen for answer in example.responses if len(answer.ids) == R
          and answer.ids[-1] not in run.chat.end_tokens]
-  assert cut and len(seen) > 3                                                    # an SFT model of six updates runs on
+  assert cut and len(seen) > 3  # an SFT model of six updates runs on
   kept = reward._read(run.stage('reward') / 'comparisons.jsonl')
   for example, written in zip(seen, [*kept[0], *kept[1]], strict=True):
-    assert [answer.ids for answer in written.responses] == [answer.ids for answer in example.responses]
+    assert ([answer.ids for answer in written.responses]
+            == [answer.ids for answer in example.responses])
     assert written.responses == example.responses
   rows, counts = encode.comparisons(seen, run.chat, run.experiment.data.limits)
   assert counts.too_long == counts.refused == counts.equal == 0
   for example, ranked in zip(seen, rows, strict=True):
     (asked,) = run.chat.prompts([example.prompt])
-    assert [row.ids for row in ranked.rows] == [[*asked, *answer.ids] for answer in example.responses]
+    assert ([row.ids for row in ranked.rows]
+            == [[*asked, *answer.ids] for answer in example.responses])
 
 
 def test_an_answer_of_a_policy_says_what_it_sampled(finished, tmp_path):
@@ -123,7 +135,7 @@ def test_an_answer_of_a_policy_says_what_it_sampled(finished, tmp_path):
 # ---- judges and reward functions
 
 def test_they_get_what_people_wrote(finished, tmp_path):
-  """The last words of the user, with all turns and the ids of the answer; of a prompt that is cut, the whole."""
+  """The user's last words, all turns and the ids of the answer; of a cut prompt, the whole."""
   asked, answered, judged = [], [], []
 
   def function(prompts, responses):
@@ -136,20 +148,26 @@ def test_they_get_what_people_wrote(finished, tmp_path):
     return {'count': float(len(responses))}
   long = Example((Turn('system', 'Be kind.'), Turn('user', 'this and ' * 9), *HISTORY[1:]))
   examples = [Example(HISTORY), long] * 8
-  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'), settings=QUICK | {'data__limits__too_long': 'truncate'},
-                prompts=(examples, examples[:2]), reward_functions={'f': (function, 1.0)}, judge=judge)
+  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'),
+                settings=QUICK | {'data__limits__too_long': 'truncate'},
+                prompts=(examples, examples[:2]), reward_functions={'f': (function, 1.0)},
+                judge=judge)
   ppo.train(run)
   ppo.compare(run)
   assert len(asked) == len(answered) and set(asked) == set(judged) == {'So!'}
   assert {each.turns for each in asked} == {each.turns for each in judged} == {HISTORY, long.prompt}
-  assert all(isinstance(each, Prompt) for each in asked) and all(isinstance(each, Answer) for each in answered)
+  assert (all(isinstance(each, Prompt) for each in asked)
+          and all(isinstance(each, Answer) for each in answered))
   samples = read_samples(run.stage('ppo'))
   assert {sample['prompt'] for sample in samples} == {'So!'}
-  assert [['user', 'Tea?'], ['assistant', 'Why?'], ['user', 'So!']] in [sample['turns'] for sample in samples]
+  assert [['user', 'Tea?'], ['assistant', 'Why?'], ['user', 'So!']] in [
+    sample['turns'] for sample in samples]
 
 
 def test_each_answer_is_scored_with_its_own_prompt(finished, tmp_path):
-  """A function that sees nothing but the prompt must give each row of a batch its own number, with buckets too."""
+  """A function that sees only the prompt must give each row of a batch its own number, with buckets
+  too.
+  """
   things = ('tea', 'jam', 'ink', 'a kite', 'a raft', 'a lamp', 'a drum', 'a sled') * 2
   examples = [prompt(thing) for thing in things]
   for lengths in (1, 3):
@@ -158,8 +176,9 @@ def test_each_answer_is_scored_with_its_own_prompt(finished, tmp_path):
     def function(prompts, responses, seen=seen):
       seen.append([str(each) for each in prompts])
       return [float(len(each)) for each in prompts]
-    run = prepare(copy(finished, tmp_path / str(lengths), 'tokenizer', 'sft'), prompts=(examples, examples[:2]),
-                  settings=QUICK | {'ppo__lengths': lengths}, reward_functions={'f': (function, 1.0)})
+    run = prepare(copy(finished, tmp_path / str(lengths), 'tokenizer', 'sft'),
+                  prompts=(examples, examples[:2]), settings=QUICK | {'ppo__lengths': lengths},
+                  reward_functions={'f': (function, 1.0)})
     tokens = []
     with pytest.MonkeyPatch.context() as patch:
       trim = ppo._trimmed
@@ -168,9 +187,11 @@ def test_each_answer_is_scored_with_its_own_prompt(finished, tmp_path):
       ppo.train(run)
     (rollout,) = tokens
     P = rollout.tokens_BT.shape[1] - rollout.mask_BR.shape[1]
-    read = [run.chat.tokenizer.decode(ids[:P][valid[:P]]) for ids, valid in zip(rollout.tokens_BT, rollout.valid_BT)]
+    read = [run.chat.tokenizer.decode(ids[:P][valid[:P]])
+            for ids, valid in zip(rollout.tokens_BT, rollout.valid_BT)]
     assert read == [f'<|user|>{said}<|assistant|>' for said in seen[0]] and len(set(read)) == 8
-    assert timeless(run.stage('ppo'))[0]['score'] == pytest.approx(np.mean([len(said) for said in seen[0]]))
+    assert timeless(run.stage('ppo'))[0]['score'] == pytest.approx(
+      np.mean([len(said) for said in seen[0]]))
 
 
 # ---- what a run begins with
@@ -181,16 +202,18 @@ def test_data_that_changed_since_is_refused_once_a_stage_has_begun(finished, tmp
   less = lambda split: (split[0][1:], split[1])
   other = {'demonstrations': less(task(None).demonstrations), 'prompts': less(task(None).prompts)}
   for name, split in other.items():
-    with pytest.raises(ConfigError, match=rf'the data of the run in .* has changed since it began; {name}, training: '
+    with pytest.raises(ConfigError, match='the data of the run in .* has changed since it began; '
+                                          rf'{name}, training: '
                                           r'\d+ examples .* -> \d+ examples .*another --run-dir'):
       prepare(directory, **{name: split})
   recorded = task(None).comparisons(None)
-  prepare(directory, comparisons=recorded)                                        # nothing was known of those before
-  with pytest.raises(ConfigError, match='has changed since it began; comparisons, held-out: 2 examples'):
+  prepare(directory, comparisons=recorded)  # nothing was known of those before
+  with pytest.raises(ConfigError,
+                     match='has changed since it began; comparisons, held-out: 2 examples'):
     prepare(directory, comparisons=(recorded[0], recorded[1][:1]))
   prepare(directory, comparisons=recorded)
   assert json.loads((directory / 'data.json').read_text())['began'] == facts['began']
-  prepare(copy(finished, tmp_path / 'fresh', 'tokenizer'), **other)               # no stage has begun
+  prepare(copy(finished, tmp_path / 'fresh', 'tokenizer'), **other)  # no stage has begun
 
 
 def test_the_date_of_a_template_is_that_of_the_runs_beginning(tmp_path):
@@ -212,21 +235,24 @@ def test_a_policy_stops_at_every_end_token_of_the_run(finished, tmp_path):
   tokenizer = run.chat.tokenizer
   tokenizer.add_special_tokens({'additional_special_tokens': ['<|system|>', '<|user|>']})
   user = tokenizer.convert_tokens_to_ids('<|user|>')
-  chat = open_chat(tokenizer, generation_ends=(user, 70), pad_token=0)            # 70 is a letter, no end
+  chat = open_chat(tokenizer, generation_ends=(user, 70), pad_token=0)  # 70 is a letter, no end
   assert chat.end_tokens == (tokenizer.eos_token_id, user)
   assert sampling(dataclasses.replace(run, chat=chat)).end_tokens == chat.end_tokens
 
 
 def test_what_the_generation_config_says_reaches_sampling_and_exports(tmp_path, capsys):
-  """A model directory whose generation config names a second end token, and one that is a letter."""
+  """A model directory whose generation config names a second end token, and one that is a letter.
+  """
   made = prepare(tmp_path / 'made')
   sft.train(made)
   cli._export(made, 'sft')
   directory = made.stage('sft') / 'export'
   second = made.chat.tokenizer.convert_tokens_to_ids('<|system|>')
   config = json.loads((directory / 'generation_config.json').read_text())
-  (directory / 'generation_config.json').write_text(json.dumps(config | {'eos_token_id': [second, 70]}))
-  run = cli.prepare(experiment(pretrained=str(directory), preset='pico'), functools.partial(task), tmp_path / 'run')
+  (directory / 'generation_config.json').write_text(
+    json.dumps(config | {'eos_token_id': [second, 70]}))
+  run = cli.prepare(experiment(pretrained=str(directory), preset='pico'), functools.partial(task),
+                    tmp_path / 'run')
   assert 'names the end tokens [70], which are ordinary text' in capsys.readouterr().out
   ends = (made.chat.end_tokens[0], second)
   assert run.chat.end_tokens == sampling(run).end_tokens == ends
@@ -261,14 +287,17 @@ def test_facts_of_the_data_that_are_lost_are_missed(finished, tmp_path, capsys):
 
 
 def test_a_prompt_of_the_labellers_that_cannot_be_asked_is_named(finished, tmp_path):
-  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'), settings={'data__skip_bad_rows': True})
+  run = prepare(copy(finished, tmp_path, 'tokenizer', 'sft'),
+                settings={'data__skip_bad_rows': True})
   bad = Example((Turn('user', '\ufdd0'),), place='simulated prompt 3')
-  with pytest.raises(DataError, match=r'1 of 2 prompts that the policy was asked .* the first: simulated prompt 3'):
+  with pytest.raises(DataError, match=r'1 of 2 prompts that the policy was asked .* the first: '
+                                      'simulated prompt 3'):
     compile_ask(run)(sft.restore(run), [prompt('tea'), bad], 3)
 
 
 def test_a_part_that_cannot_be_encoded_is_called_by_its_name(finished, tmp_path):
   run = prepare(copy(finished, tmp_path, 'tokenizer'), settings={'data__skip_bad_rows': True})
   bad = Example((Turn('user', '\ufdd0'),), ('Yes.',), (0,), 'test.jsonl row 1')
-  with pytest.raises(DataError, match=r'^sft, held-out: none of 1 examples is left: 1 of 1 .* test\.jsonl row 1'):
+  with pytest.raises(DataError, match=r'^sft, held-out: none of 1 examples is left: 1 of 1 .* '
+                                      r'test\.jsonl row 1'):
     run.rows('sft', encode.demonstrations, [bad], 'held-out')
