@@ -115,7 +115,7 @@ class PPOConfig:
   shared_trunk: bool = False  # value as a second head on the policy, instead of a network of its own
   kl_weight: float = 0.05  # reward lost for each nat that the policy moves from the SFT model
   kl_target_nats_per_sequence: float | None = None  # adapts kl_weight to hold this KL (OpenAI 2019: 6); None: fixed
-  kl_horizon_episodes: int = 10000  # adaptive: the slower, the larger
+  kl_horizon_episodes: int = 10000  # adaptive: a larger horizon changes kl_weight more slowly
   kl_stop_nats_per_sequence: float | None = None  # ends training before an update that starts beyond this KL
   reward_model_weight: float = 1.0  # of the reward model beside Python reward functions
   loss: PPOLossConfig = PPOLossConfig()
