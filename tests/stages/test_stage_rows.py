@@ -301,3 +301,23 @@ def test_a_part_that_cannot_be_encoded_is_called_by_its_name(finished, tmp_path)
   with pytest.raises(DataError, match=r'^sft, held-out: none of 1 examples is left: 1 of 1 .* '
                                       r'test\.jsonl row 1'):
     run.rows('sft', encode.demonstrations, [bad], 'held-out')
+
+
+def test_the_table_scores_each_answer_with_its_own_prompt(finished, tmp_path):
+  """Answers are written in the order of the prompts' lengths, which is not that of the prompts."""
+  together = lambda prompts, responses: [
+    len(asked) * len(said) + len(asked.turns) for asked, said in zip(prompts, responses)
+  ]
+  examples = [prompt(thing) for thing in ('a kite', 'tea', 'a lamp', 'ink', 'soup', 'a sled', 'jam')]
+  run = prepare(
+    copy(finished, tmp_path, 'tokenizer', 'sft'),
+    settings=QUICK | {'ppo__batch_size': 4, 'ppo__held_out_answers': 2},
+    prompts=(examples, examples),
+    reward_functions={'f': (together, 1.0)},
+  )
+  ppo.train(run)
+  table, said = ppo.compare(run)
+  for name, (prompts, responses) in said.items():
+    assert len(prompts) == 12 and len({str(each) for each in prompts}) == 7
+    scores = [len(asked) * len(answer) + 1 for asked, answer in zip(prompts, responses)]
+    assert table[name]['score'] == pytest.approx(np.mean(scores), rel=1e-5)
