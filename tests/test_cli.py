@@ -136,9 +136,11 @@ def test_transformers_scores_with_the_exported_reward_model(whole):
   directory, _ = whole
   exported = directory / 'reward' / 'export'
   model = transformers.AutoModelForSequenceClassification.from_pretrained(exported)
+  assert transformers.AutoTokenizer.from_pretrained(exported).padding_side == 'right'
+  assert transformers.AutoTokenizer.from_pretrained(whole[0] / 'sft' / 'export').padding_side == 'left'
   tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
   texts = ['<|user|>Want tar?<|assistant|>Yes.<|end|>', '<|user|>Want an oar?<|assistant|>No, no!<|end|>', '<|user|>A']
-  batch = tokenizer(texts, return_tensors='pt', padding=True, padding_side='right')
+  batch = tokenizer(texts, return_tensors='pt', padding=True)
   with torch.no_grad():
     theirs = model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits[:, 0].numpy()
   bias = json.loads((exported / 'config.json').read_text())['score_bias']

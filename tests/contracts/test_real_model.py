@@ -29,7 +29,7 @@ QUICK = {
   'data.limits.too_long': 'truncate', 'scan_layers': True,
   'sft.steps': 1, 'sft.batch_size': 2, 'sft.packed': False, 'sft.optimizer.learning_rate': 1e-5,
   'reward.steps': 1, 'reward.batch_size': 2, 'reward.optimizer.learning_rate': 1e-5,
-  'ppo.iterations': 1, 'ppo.batch_size': 2, 'ppo.epochs': 1, 'ppo.slots': None,
+  'ppo.iterations': 1, 'ppo.batch_size': 8, 'ppo.epochs': 1, 'ppo.slots': 16,
   'ppo.held_out_answers': 1, 'ppo.optimizer.learning_rate': 1e-6,
 }
 TALKS = [('Hi.', 'Hello! How can I help you today?'), ('Name a colour.', 'Blue.'),
@@ -80,7 +80,7 @@ def test_its_tokens_are_those_of_its_own_template(directory, tmp_path):
 def test_the_quickstart_runs_to_its_table(directory, tmp_path):
   small = config.override(quickstart.EXPERIMENT, QUICK | {
     'pretrained': directory, 'world.demonstrations': 8, 'world.ranked_prompts': 4,
-    'world.held_out_rankings': 1})
+    'world.held_out_rankings': 1, 'world.answers_per_prompt': 2})
   results = cli.run_stages(small, quickstart.make_task, tmp_path / 'run', cli.Command(export=False))
   assert (results['table']['SFT']['KL, nats per answer'] == 0
           and np.isfinite(results['table']['PPO']['gold score']))

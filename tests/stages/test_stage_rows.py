@@ -241,7 +241,9 @@ def test_a_policy_stops_at_every_end_token_of_the_run(finished, tmp_path):
 
 
 def test_what_the_generation_config_says_reaches_sampling_and_exports(tmp_path, capsys):
-  """A model directory whose generation config names a second end token, and one that is a letter.
+  """A directory whose generation config names a second end token, and one that is a letter.
+
+  Its tokenizer has a begin token, which the export is to name too.
   """
   made = prepare(tmp_path / 'made')
   sft.train(made)
@@ -251,6 +253,9 @@ def test_what_the_generation_config_says_reaches_sampling_and_exports(tmp_path, 
   config = json.loads((directory / 'generation_config.json').read_text())
   (directory / 'generation_config.json').write_text(
     json.dumps(config | {'eos_token_id': [second, 70]}))
+  tokenizer = text.load_tokenizer(directory)
+  tokenizer.bos_token = '<|user|>'
+  text.save_tokenizer(tokenizer, directory)
   run = cli.prepare(experiment(pretrained=str(directory), preset='pico'), functools.partial(task),
                     tmp_path / 'run')
   assert 'names the end tokens [70], which are ordinary text' in capsys.readouterr().out
@@ -260,6 +265,7 @@ def test_what_the_generation_config_says_reaches_sampling_and_exports(tmp_path, 
   cli._export(run, 'sft')
   written = json.loads((run.stage('sft') / 'export' / 'generation_config.json').read_text())
   assert written['eos_token_id'] == list(ends) and written['pad_token_id'] not in ends
+  assert written['bos_token_id'] == tokenizer.bos_token_id == run.chat.begin_token
 
 
 def test_before_a_stage_has_begun_a_tokenizer_of_other_data_is_made_anew(tmp_path):
