@@ -79,7 +79,8 @@ def test_its_tokens_are_those_of_its_own_template(directory, tmp_path):
 
 def test_the_quickstart_runs_to_its_table(directory, tmp_path):
   small = config.override(quickstart.EXPERIMENT, QUICK | {
-    'pretrained': directory, 'world.demonstrations': 8, 'world.ranked_prompts': 4,
+    'pretrained': directory, 'world.demonstrations': 8, 'world.held_out_demonstrations': 4,
+    'world.ranked_prompts': 4,
     'world.held_out_rankings': 1, 'world.answers_per_prompt': 2})
   results = cli.run_stages(small, quickstart.make_task, tmp_path / 'run', cli.Command(export=False))
   assert (results['table']['SFT']['KL, nats per answer'] == 0
