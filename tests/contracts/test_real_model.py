@@ -92,7 +92,8 @@ def test_hh_runs_and_its_reward_model_scores_alike_in_transformers(directory, tm
           for number, (asked, said) in enumerate(TALKS)]
   for split in ('train', 'test'):
     (tmp_path / f'{split}.jsonl').write_text('\n'.join(rows) + '\n')
-  small = config.override(hh.EXPERIMENT, QUICK | {'pretrained': directory, 'data.path': tmp_path})
+  small = config.override(hh.EXPERIMENT, QUICK | {
+    'pretrained': directory, 'data.path': tmp_path, 'ppo.batch_size': 4})
   results = cli.run_stages(small, hh.make_task, tmp_path / 'run')
   assert results['reward']['pairs'] == len(TALKS)
   export = tmp_path / 'run' / 'reward' / 'export'
