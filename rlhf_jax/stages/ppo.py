@@ -106,7 +106,7 @@ def train(run):
                         rate=(known['response_tokens_per_second'], 'tokens/s'))
         kl_weight = _next_kl_weight(config, kl_weight, known['kl_nats_per_sequence'])
         if done % config.samples_every == 0 or done == config.iterations:
-          _write_samples(run, done, those_asked, rollout)
+          _write_samples(run, done, those_asked, rollout, progress)
         if _too_far(config, known):
           progress.note(f'stopped before the update of iteration {done}: KL {known["kl_nats_per_sequence"]:.3g} nats per '
                         f'sequence is over kl_stop_nats_per_sequence={config.kl_stop_nats_per_sequence:g}')
@@ -228,10 +228,11 @@ def _next_kl_weight(config, kl_weight, kl_nats):
                                   horizon_episodes=config.kl_horizon_episodes, episodes=config.batch_size))
 
 
-def _write_samples(run, iteration, asked, rollout):
+def _write_samples(run, iteration, asked, rollout, progress):
   rows = [said_row(prompt, {'response': response})
           for prompt, response in zip(asked[:8], texts(run, rollout)[:8])]
   append_samples(run.stage(NAME), iteration, rows)
+  progress.note(f'  {rows[0]["prompt"][-70:]!r} -> {rows[0]["response"][:90]!r}')
 
 
 def said_row(prompt, answers):
@@ -276,7 +277,7 @@ def compare(run):
   programs, frozen, trained = compile_programs(run, optimizer), frozen_models(run), restore(run)
   rows, asked = (each * run.experiment.ppo.held_out_answers for each in _prompts(run, 1))
   B = run.experiment.ppo.batch_size
-  whole = len(rows) // B * B or B  # whole batches, every answer counted once
+  whole = len(rows) // B * B or B  # whole batches; where rows do not fill one, some come again
   rows, prompts = ([each[i % len(each)] for i in range(whole)] for each in (rows, asked))
   table, said = {}, {}
   for name, params in (('SFT', trained | {'policy': frozen['reference']}), ('PPO', trained)):

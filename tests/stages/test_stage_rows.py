@@ -134,7 +134,7 @@ def test_an_answer_of_a_policy_says_what_it_sampled(finished, tmp_path):
 
 # ---- judges and reward functions
 
-def test_they_get_what_people_wrote(finished, tmp_path):
+def test_they_get_what_people_wrote(finished, tmp_path, capsys):
   """The user's last words, all turns and the ids of the answer; of a cut prompt, the whole."""
   asked, answered, judged = [], [], []
 
@@ -159,6 +159,7 @@ def test_they_get_what_people_wrote(finished, tmp_path):
   assert (all(isinstance(each, Prompt) for each in asked)
           and all(isinstance(each, Answer) for each in answered))
   samples = read_samples(run.stage('ppo'))
+  assert f"  'So!' -> {samples[0]['response'][:90]!r}" in capsys.readouterr().out  # people see one
   assert {sample['prompt'] for sample in samples} == {'So!'}
   assert [['user', 'Tea?'], ['assistant', 'Why?'], ['user', 'So!']] in [
     sample['turns'] for sample in samples]
