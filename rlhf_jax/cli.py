@@ -34,8 +34,9 @@ from rlhf_jax.data.text import (
   with_begin,
 )
 from rlhf_jax.errors import CheckpointError, ConfigError, PreemptedError, ProcessError, RlhfJaxError
-from rlhf_jax.model import huggingface
+from rlhf_jax.model import huggingface, running
 from rlhf_jax.model.config import preset
+from rlhf_jax.model.device import describe
 from rlhf_jax.model.forward import check_length
 from rlhf_jax.model.heads import LanguageModel, ScalarModel
 from rlhf_jax.processes import ProcessesConfig
@@ -193,7 +194,6 @@ def prepare(experiment, make_task, directory):
     tokenizer.chat_template = with_begin(task.chat_template, tokenizer)
   reward_config = _reward_config(experiment, model_config)
   check_vocabulary(tokenizer, policy=model_config, reward=reward_config)
-  _check_attention(experiment.attention, jax.default_backend())
   chat = _chat(tokenizer, generation_ends, model_config.vocab_size, began)
   return _run(experiment, task, chat, make_runner(experiment.mesh), directory, model_config,
               reward_config, pretrained)
@@ -265,24 +265,29 @@ def _counted(facts):
   return f'{facts["examples"]:,} examples ({facts["sha256"][:8]})'
 
 
-def prepare_shapes(experiment, devices):
-  """The Run of an experiment on devices that need not be here: without task, tokenizer and weights, for its shapes alone."""
+def prepare_shapes(experiment, devices, memory_bytes=None):
+  """The Run of an experiment on devices that need not be here: without task, tokenizer and weights,
+  for its shapes alone. `memory_bytes` is what programs may use of a device.
+  """
   if _is_path(experiment.pretrained):
     model_config = huggingface.read_config(experiment.pretrained, **_runtime(experiment))
   else:                                                                         # what is on the hub has the preset's shapes
     model_config = preset(experiment.preset, **_runtime(experiment))
-  _check_attention(experiment.attention, devices[0].platform)
+  reward_config = _reward_config(experiment, model_config)
   return _run(experiment, None, planner.CHAT, make_runner(experiment.mesh, devices), None,
-              model_config,
-              _reward_config(experiment, model_config))
+              model_config, reward_config, memory_bytes=memory_bytes)
 
 
-def _run(experiment, task, chat, runner, directory, model_config, reward_config, pretrained=None):
+def _run(experiment, task, chat, runner, directory, model_config, reward_config, pretrained=None,
+         memory_bytes=None):
   for size in (model_config, reward_config):
     check_length(size, experiment.data.limits.tokens)
   _check_answers(experiment.ppo, runner.batch_parts)
-  return Run(experiment, task, chat, runner, directory, LanguageModel(model_config),
-             ScalarModel(reward_config),
+  device = describe(runner.mesh.devices.flat[0], memory_bytes)
+  policy, scalar = (dataclasses.replace(each, device=device) for each in (model_config, reward_config))
+  for each in (policy, scalar):
+    running.check_attention(each)
+  return Run(experiment, task, chat, runner, directory, LanguageModel(policy), ScalarModel(scalar),
              pretrained)
 
 
@@ -337,14 +342,6 @@ def show_plan(experiment, command):
 def _is_path(pretrained):
   """Whether that is a directory, or can be nothing else, and not the name of a model on the hub."""
   return pretrained is not None and (pathlib.Path(pretrained).is_dir() or pretrained.startswith(('.', '/', '~')))
-
-
-def _check_attention(kernel, found):
-  """ConfigError where the devices are not those that a kernel is for."""
-  needed = {'cudnn': 'gpu', 'splash': 'tpu'}.get(kernel)
-  if needed not in (None, found):
-    raise ConfigError(f'--attention {kernel} is for a {needed.upper()}, but the devices here are {found.upper()}s. Use '
-                      '--attention xla.')
 
 
 def _check_answers(config, parts):

@@ -9,6 +9,7 @@ import difflib
 import io
 import json
 import math
+import sys
 import typing
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Annotated, Literal
@@ -19,6 +20,7 @@ from rlhf_jax.data.encode import Limits
 from rlhf_jax.errors import ConfigError, check_fields
 from rlhf_jax.experience import ExperienceConfig
 from rlhf_jax.losses.ppo import PPOLossConfig
+from rlhf_jax.model.config import REMAT_SWITCH
 from rlhf_jax.optimizer import OptimizerConfig
 
 
@@ -153,9 +155,9 @@ class Experiment:
   pretrained: str | None = None  # Hugging Face directory or hub id to start from, instead of the preset
   reward_preset: str | None = None  # a reward model of another size, from scratch; None: on the SFT model's backbone
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and products
-  attention: Literal['xla', 'cudnn', 'splash'] = 'xla'  # xla: anywhere; cudnn: NVIDIA GPUs, in bfloat16; splash: TPUs
-  remat: bool = False  # recompute blocks in the backward pass: less memory, more work
-  scan_layers: bool = False  # one compiled block for all layers, outside decoding: deep models compile faster
+  attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'  # kernel; auto: splash on TPUs, cudnn on GPUs in bfloat16, else xla
+  remat: Literal['auto', 'none', 'dots', 'block'] = 'auto'  # what the backward pass computes again: nothing, all but products, whole blocks; auto: by memory
+  scan_layers: bool | None = None  # one compiled block for all layers; None: on accelerators, and for deep models
   mesh: MeshConfig = MeshConfig()
   data: DataConfig = DataConfig()
   sft: SFTConfig = SFTConfig()
@@ -165,10 +167,14 @@ class Experiment:
   wandb: str | None = None  # Weights & Biases project to log to; needs the extra `wandb`
 
   def __post_init__(self):
+    object.__setattr__(self, 'remat', REMAT_SWITCH.get(self.remat, self.remat))
     check_fields('experiment', self, (
       'seed', 0 <= self.seed < 2 ** 31,
       'from 0 to 2147483647: a key of JAX has 32 bits, and larger seeds repeat it',
       'Pass a smaller number, for example 0'))
+
+
+_OF_DEVICES = 'mesh.', 'ppo.gather:', 'attention:', 'remat:', 'scan_layers:'
 
 
 def to_json(config):
@@ -177,8 +183,12 @@ def to_json(config):
 
 
 def changes(written, experiment):
-  """Differences between a run's config, as JSON, and an experiment. How it lies on devices is none: any restores it."""
-  return [change for change in differences(written, to_json(experiment)) if not change.startswith(('mesh.', 'ppo.gather:'))]
+  """Differences between a run's config, as JSON, and an experiment.
+
+  How it lies on devices, and how these compute it, is none: any goes on from a checkpoint of any.
+  """
+  return [change for change in differences(written, to_json(experiment))
+          if not change.startswith(_OF_DEVICES)]
 
 
 def differences(old, new, prefix=''):
@@ -218,10 +228,30 @@ def override(config, settings):
   return config
 
 
+# Settings that were switches once, and are still set like them: --remat, --no-scan-layers.
+_SWITCHES = {'remat': {'true': REMAT_SWITCH[True], 'false': REMAT_SWITCH[False]},
+             'scan_layers': {'true': 'True', 'false': 'False'}}
+
+
+def _as_values(args):
+  """Arguments with a value behind every flag that was a switch."""
+  found = []
+  for i, arg in enumerate(args):
+    no = arg.startswith('--no-')
+    name = arg.removeprefix('--no-' if no else '--').replace('-', '_')
+    alone = i + 1 == len(args) or args[i + 1].startswith('--')
+    if arg.startswith('--') and name in _SWITCHES and (no or alone):
+      found += [f'--{name.replace("_", "-")}', _SWITCHES[name]['false' if no else 'true']]
+    else:
+      found.append(arg)
+  return found
+
+
 def _set(config, name, value, whole):
   head, _, rest = name.partition('.')
   if rest:
     return dataclasses.replace(config, **{head: _set(getattr(config, head), rest, value, whole)})
+  value = _SWITCHES.get(head, {}).get(value.lower(), value)
   if isinstance(getattr(config, head), bool):
     if value not in ('True', 'False', 'true', 'false'):
       raise ConfigError(f'{whole}={value!r} is not a truth value. Write True or False.')
@@ -244,5 +274,6 @@ def parse(default, command, description, args=None):
   unprefixed = lambda value: (Annotated[type(value), tyro.conf.arg(name='')], dataclasses.field(default=value))
   both = dataclasses.make_dataclass('Flags', [('command', *unprefixed(command)), ('experiment', *unprefixed(default))],
                                     frozen=True)
+  args = _as_values(sys.argv[1:] if args is None else args)
   parsed = tyro.cli(both, description=description, args=args)
   return parsed.experiment, parsed.command

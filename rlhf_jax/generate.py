@@ -20,9 +20,10 @@ from rlhf_jax.maths.sampling import Sampling, sample_tokens, uniforms
 from rlhf_jax.model.attention import Seen
 from rlhf_jax.model.cache import empty_cache
 from rlhf_jax.model.config import ModelConfig
-from rlhf_jax.model.forward import causal, check_length, positions
+from rlhf_jax.model.forward import check_length, prefill
 from rlhf_jax.model.heads import prepare_to_decode, unembed_DV
 from rlhf_jax.model.partition import batch_parts, constrain
+from rlhf_jax.model.running import scans_layers
 from rlhf_jax.records import Prompts, Rollout
 
 # The cache grows in so many steps to the length limit, of about this many tokens at least: less is read while answers are
@@ -45,11 +46,14 @@ def generate(model, params, prompts, key, sampling, slots=None, gather=True):
   _check_ids(model.config, sampling)
   parts = batch_parts()
   slots = _check_slots(sizes['B'], slots, parts)
-  params = prepare_to_decode(model, params, gather)
+  prepared = prepare_to_decode(model, params, gather)
+  # Where blocks are scanned, prompts are read by the parameters as they are stored.
+  read, run = (functools.partial(model.apply, {'params': each})
+               for each in (params if scans_layers(model.config) else prepared, prepared))
   # All chance is drawn at once: in the decode loop it would be a hundred small operations a token.
   uniform_BR = uniforms(key, prompts.sample_B[:, None], jnp.arange(sampling.new_tokens))
-  queue = _Queue(functools.partial(model.apply, {'params': params}), unembed_DV(params), jax.tree.map(jnp.asarray, prompts),
-                 uniform_BR, sampling, model.config, parts, slots)
+  queue = _Queue(read, run, unembed_DV(prepared), jax.tree.map(jnp.asarray, prompts), uniform_BR,
+                 sampling, model.config, parts, slots)
   answers = queue.drain()
   mask_BR = jnp.arange(sampling.new_tokens) < answers.length_B[:, None]
   return Rollout(tokens_BT=jnp.concatenate([prompts.tokens_BP, answers.tokens_BR], 1),
@@ -103,7 +107,8 @@ class _Decoding:
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Queue:
   """B prompts on Q slots, in `parts` that never look at each other."""
-  run: Callable  # of the model with its parameters
+  read: Callable  # the model that reads prompts
+  run: Callable  # the model that decodes, with parameters prepared for that
   unembed_DV: jax.Array
   prompts: Prompts
   uniform_BR: jax.Array  # what chance decides of every token
@@ -180,7 +185,7 @@ class _Queue:
     used, P, ring = prompt < self._prompts_a_part, tokens.shape[1], state.seen_QS.shape[1]
     valid = ask(self.prompts.valid_BP) & used[:, None]
     empty = empty_cache(self.config, len(row), ring if self._all_at_once else P)  # all at once: laid where they will stay
-    hidden, cache = self.run(tokens, positions(valid), causal(self.config, valid), empty, 0, wanted=P - 1)
+    hidden, cache = prefill(self.read, self.config, tokens, valid, empty)
     token, answers, alive = self._draw(hidden[:, 0], state.answers, prompt, jnp.zeros_like(row), used)
     new = {'prompt_Q': prompt, 'token_Q': token, 'slot_Q': jnp.zeros_like(row),
            'position_Q': valid.sum(1, dtype=jnp.int32), 'alive_Q': alive}

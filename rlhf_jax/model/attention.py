@@ -4,6 +4,7 @@ Pure functions of arrays. Attention works in [B, K, T, H], the cache too: on CPU
 What a query may see is `Causal`, for whole sequences, or `Seen`, for queries against a cache.
 """
 
+import functools
 import math
 
 import flax.struct
@@ -14,10 +15,12 @@ from rlhf_jax.model.kernels import cudnn_attention, splash_attention
 
 _MASKED = -1e30
 _LOWEST = -1e29  # largest score of a query that sees nothing: above _MASKED, so that all its weights are 0, not NaN
-KERNELS = {'cudnn': cudnn_attention, 'splash': splash_attention}
+KERNELS = {'cudnn': cudnn_attention, 'splash': splash_attention,
+           'cudnn_by_xla': functools.partial(cudnn_attention, implementation='xla')}
 # Queries whose scores exist at a time; keys after the last of them are never read. Long sequences have longer pieces, for
 # each is compiled.
 _QUERIES_A_PIECE, _MOST_PIECES = 128, 16
+_QUERIES_A_TURN = 256  # of the loop
 
 
 def project(x, weight, contracted=1):
@@ -78,16 +81,26 @@ class Causal:
   """A token sees itself and those before it of its segment, the nearest `window` of them; segment 0 is padding.
 
   Padding sees nothing and is seen by nothing. Queries are the slots from `start` on, keys all slots.
+  `dense`: every row is one segment, without padding before or in it, so that its length says all.
   """
   segment_BT: jax.Array
   window: int | None = flax.struct.field(pytree_node=False, default=None)
   start: int = flax.struct.field(pytree_node=False, default=0)
+  dense: bool = flax.struct.field(pytree_node=False, default=False)
 
   def seen(self, keys, queries):
     """bool [B, T, S] for the slots of two slices: which keys each query sees."""
-    query_BT, key_BS = self.segment_BT[:, queries], self.segment_BT[:, keys]
     slot = jnp.arange(self.segment_BT.shape[1])
-    age_TS = slot[queries, None] - slot[None, keys]
+    return self._seen(slot[queries], self.segment_BT[:, queries], slot[keys], self.segment_BT[:, keys])
+
+  def seen_from(self, first, count):
+    """bool [B, count, S]: which of all keys see `count` queries from the slot `first` on, which may be traced."""
+    query_BT = jax.lax.dynamic_slice_in_dim(self.segment_BT, first, count, axis=1)
+    slot = jnp.arange(self.segment_BT.shape[1])
+    return self._seen(first + jnp.arange(count), query_BT, slot, self.segment_BT)
+
+  def _seen(self, slot_T, query_BT, slot_S, key_BS):
+    age_TS = slot_T[:, None] - slot_S[None, :]
     near_TS = (age_TS >= 0) if self.window is None else (age_TS >= 0) & (age_TS < self.window)
     return near_TS & (query_BT[:, :, None] == key_BS[:, None, :]) & (key_BS[:, None, :] > 0)
 
@@ -109,14 +122,22 @@ class Seen:
 def attend(q_BTNH, k_BKSH, v_BKSH, sees, kernel='xla'):
   """Softmax attention, N/K query heads to a key/value head; scores and softmax in float32; [B, T, N, H].
 
-  A query that sees nothing gets 0. `Causal` attention goes through the queries piece by piece: each reads only the keys
-  up to its last query and, where there are several, its scores are made again in the backward pass instead of being
-  kept. Or `kernel` names one of `KERNELS`, which does the same for an accelerator.
+  A query that sees nothing gets 0. `Causal` attention goes through the queries piece by piece: its
+  scores are made again in the backward pass instead of being kept, where there are several pieces.
+  'xla' unrolls the pieces, each of which reads only the keys up to its last query; 'xla_loop' has
+  one in a loop, which reads all keys. Or `kernel` names one of `KERNELS`, which does the same for
+  an accelerator.
   """
   if isinstance(sees, Seen):
     return _weighted(q_BTNH, k_BKSH, v_BKSH, sees.seen_BTS)
   if kernel in KERNELS:
     return KERNELS[kernel](q_BTNH, k_BKSH, v_BKSH, sees)
+  if kernel == 'xla_loop':
+    return _looped(q_BTNH, k_BKSH, v_BKSH, sees)
+  return _unrolled(q_BTNH, k_BKSH, v_BKSH, sees)
+
+
+def _unrolled(q_BTNH, k_BKSH, v_BKSH, sees):
   pieces, T = [], q_BTNH.shape[1]
   count = min(_MOST_PIECES, -(-T // _QUERIES_A_PIECE))
   weighted, length = jax.checkpoint(_weighted) if count > 1 else _weighted, -(-T // count)
@@ -126,6 +147,26 @@ def attend(q_BTNH, k_BKSH, v_BKSH, sees, kernel='xla'):
     keys = slice(0 if sees.window is None else max(0, queries.start - sees.window + 1), queries.stop)
     pieces.append(weighted(q_BTNH[:, first:last], k_BKSH[:, :, keys], v_BKSH[:, :, keys], sees.seen(keys, queries)))
   return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+
+
+def _looped(q_BTNH, k_BKSH, v_BKSH, sees):
+  B, T, N, H = q_BTNH.shape
+  length = min(T, _QUERIES_A_TURN)
+  count = -(-T // length)
+  if count == 1:
+    return _weighted(q_BTNH, k_BKSH, v_BKSH, sees.seen_from(sees.start, T))
+  # The last piece begins earlier rather than be shorter: what it has in common with the one before
+  # is computed twice, and the queries need no padding.
+  first_C = jnp.minimum(jnp.arange(count) * length, T - length)
+
+  def turn(first):
+    piece_BTNH = jax.lax.dynamic_slice_in_dim(q_BTNH, first, length, axis=1)
+    seen_BTS = sees.seen_from(sees.start + first, length)
+    return _weighted(piece_BTNH, k_BKSH, v_BKSH, seen_BTS)
+  pieces = jax.lax.map(jax.checkpoint(turn, prevent_cse=False), first_C)  # [count, B, length, N, H]
+  whole = jnp.moveaxis(pieces[:-1], 0, 1).reshape(B, (count - 1) * length, N, H)
+  rest = T - (count - 1) * length
+  return jnp.concatenate([whole, pieces[-1][:, length - rest:]], axis=1)
 
 
 def _weighted(q_BTNH, k_BKSH, v_BKSH, seen_BTS):

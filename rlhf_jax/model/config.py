@@ -8,6 +8,7 @@ from typing import Literal
 
 from rlhf_jax.axes import axes_of
 from rlhf_jax.errors import ConfigError, check_choices
+from rlhf_jax.model.device import Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,9 @@ class RopeScaling:
     if self.factor <= 0 or not 0 < self.low_frequency_factor < self.high_frequency_factor:
       raise ConfigError(f'rope scaling factor={self.factor}, low_frequency_factor={self.low_frequency_factor}, '
                         f'high_frequency_factor={self.high_frequency_factor}. Factors must be positive, low below high.')
+
+
+REMAT_SWITCH = {True: 'block', False: 'none'}  # what remat=True means, and the flag --remat alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +57,21 @@ class ModelConfig:
   qk_norm: bool = False  # RMS norm on every query and key head
   tied: bool = False  # the unembedding is the embedding
   window: int | None = None  # tokens that a query sees, itself included; None is all before it
+  # How it is run. None of these changes what is computed, up to rounding: `running.py` has what
+  # 'auto' and None become on a device.
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and products; parameters are always float32
-  attention: Literal['xla', 'cudnn', 'splash'] = 'xla'  # xla: anywhere; cudnn: NVIDIA GPUs, in bfloat16; splash: TPUs
-  remat: bool = False  # recompute each block in the backward pass: less memory, about a third more work
-  scan_layers: bool = False  # one compiled block for all layers: faster to compile when deep, slower to run when small
-  tokens_per_chunk: int = 1024  # tokens that a device unembeds at once when log-probabilities are taken
+  attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'  # the kernel
+  remat: Literal['auto', 'none', 'dots', 'block'] = 'auto'  # what the backward pass computes again
+  scan_layers: bool | None = None  # one compiled block for all layers; None: where that pays
+  tokens_per_chunk: int | None = None  # tokens that a device unembeds at once; None: by its memory
+  device: Device | None = None  # that it is compiled for; None: the first of this process
 
   def __post_init__(self):
+    object.__setattr__(self, 'remat', REMAT_SWITCH.get(self.remat, self.remat))
     check_choices(self)
     for name in ('vocab_size', 'width', 'layers', 'query_heads', 'kv_heads', 'head_width', 'feedforward_width',
                  'context_length', 'tokens_per_chunk'):
-      if getattr(self, name) < 1:
+      if getattr(self, name) is not None and getattr(self, name) < 1:
         raise ConfigError(f'model {name}={getattr(self, name)}. It must be at least 1.')
     if self.attention == 'cudnn' and self.dtype != 'bfloat16':
       raise ConfigError(f"model attention='cudnn' with dtype={self.dtype!r}. The kernel needs dtype 'bfloat16'.")

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from rlhf_jax.axes import check_axes
 from rlhf_jax.errors import ConfigError
-from rlhf_jax.maths.logprob import chunked_logprobs
+from rlhf_jax.maths.logprob import chunked_logprobs, whole_logprobs
+from rlhf_jax.model import running
 from rlhf_jax.model.attention import Causal, project
 from rlhf_jax.model.heads import unembed_DV
 from rlhf_jax.model.partition import batch_parts, gathered
@@ -43,9 +44,68 @@ def hidden(model, params, tokens_BT, valid_BT, segment_BT=None, wanted=None):
   """
   check_axes(tokens_BT=tokens_BT, valid_BT=valid_BT, segment_BT=segment_BT)
   check_length(model.config, tokens_BT.shape[1])
+  if segment_BT is None and running.takes_dense_rows(model.config):
+    return _hidden_of_dense(model, params, tokens_BT, valid_BT, wanted)
   sees = causal(model.config, valid_BT, segment_BT)
-  return model.apply({'params': params}, tokens_BT, positions(valid_BT, segment_BT), sees,
+  return _stream(model, params, tokens_BT, positions(valid_BT, segment_BT), sees, wanted)
+
+
+def _stream(model, params, tokens_BT, position_BT, sees, wanted):
+  return model.apply({'params': params}, tokens_BT, position_BT, sees,
                      method=lambda m, *args: m.backbone(*args, wanted=wanted)[0])
+
+
+def _hidden_of_dense(model, params, tokens_BT, valid_BT, wanted):
+  """`hidden` of rows whose padding is moved behind their tokens, for a kernel that takes lengths.
+
+  Tokens are moved before the first block, and the stream is moved back after the last.
+  """
+  odd = tokens_BT.shape[1] % 2  # the kernel takes even lengths: once here, or in every block
+  tokens_BT, valid_BT = (jnp.pad(x_BT, ((0, 0), (0, odd))) for x_BT in (tokens_BT, valid_BT))
+  slot_BT = positions(valid_BT)  # of every valid token in its dense row
+  dense = _dense(model.config, tokens_BT, valid_BT)
+  if wanted is None or isinstance(wanted, int):
+    hidden_BTD = _stream(model, params, *dense, None)
+    return _at(hidden_BTD, slot_BT[:, wanted:slot_BT.shape[1] - odd])
+  wanted_B = jnp.take_along_axis(slot_BT, wanted[:, None], axis=1)[:, 0]
+  return _stream(model, params, *dense, wanted_B)
+
+
+def prefill(apply, config, tokens_BP, valid_BP, cache):
+  """(stream of the last slot [B, 1, D], cache with keys and values in the slots of their tokens).
+
+  `apply` is that of a LanguageModel with its parameters.
+  """
+  P = tokens_BP.shape[1]
+  if not running.takes_dense_rows(config):
+    return apply(tokens_BP, positions(valid_BP), causal(config, valid_BP), cache, 0, wanted=P - 1)
+  slot_BP = positions(valid_BP)
+  hidden_B1D, cache = apply(*_dense(config, tokens_BP, valid_BP), cache, 0, wanted=slot_BP[:, -1])
+
+  def moved(x_BKSH):
+    at_BKPH = slot_BP[:, None, :, None]
+    prompt_BKPH = jnp.take_along_axis(x_BKSH[:, :, :P], at_BKPH, axis=2, mode='clip')
+    return x_BKSH.at[:, :, :P].set(prompt_BKPH)
+  return hidden_B1D, jax.tree.map(moved, cache)
+
+
+def _dense(config, tokens_BT, valid_BT):
+  """(tokens, positions, Causal) of the rows with their padding behind the tokens."""
+  slot_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+  segment_BT = (slot_BT < valid_BT.sum(1, keepdims=True)).astype(jnp.int32)
+  return dense_rows(tokens_BT, valid_BT), slot_BT, Causal(segment_BT, config.window, dense=True)
+
+
+def dense_rows(x_BT, valid_BT):
+  """Rows [B, T, ...] with the valid tokens first, in their order, and the padding behind them."""
+  order_BT = jnp.argsort(~valid_BT, axis=1, stable=True)
+  return _at(x_BT, order_BT)
+
+
+def _at(x_BT, slot_BT):
+  """Of every row [T, ...] the slots that are named, of which no valid token's is named twice."""
+  slot_BT = slot_BT.reshape(*slot_BT.shape, *[1] * (x_BT.ndim - 2))
+  return jnp.take_along_axis(x_BT, slot_BT, axis=1, mode='clip')
 
 
 def logits(model, params, tokens_BT, valid_BT):
@@ -56,8 +116,13 @@ def logits(model, params, tokens_BT, valid_BT):
 
 def logprobs_from_hidden(model, params, hidden_BTD, target_BT, temperature=1.0):
   """Nats and entropy of each target under the stream at its place: (logprob_BT, entropy_BT), float32."""
-  return chunked_logprobs(hidden_BTD, gathered(unembed_DV(params), 'unembed_DV'), target_BT, temperature=temperature,
-                          tokens_per_chunk=model.config.tokens_per_chunk * batch_parts())
+  weight_DV = gathered(unembed_DV(params), 'unembed_DV')
+  B, T = target_BT.shape
+  if running.keeps_logits(model.config, B * T // batch_parts()):
+    return whole_logprobs(hidden_BTD, weight_DV, target_BT, temperature=temperature)
+  tokens_per_chunk = running.tokens_per_chunk(model.config) * batch_parts()
+  return chunked_logprobs(hidden_BTD, weight_DV, target_BT, temperature=temperature,
+                          tokens_per_chunk=tokens_per_chunk)
 
 
 def next_logprobs(model, params, tokens_BT, valid_BT, *, segment_BT=None, start=1, temperature=1.0):

@@ -14,7 +14,7 @@ from rlhf_jax.model.config import ModelConfig, RopeScaling
 
 KINDS = ('language', 'scalar')
 # Of ModelConfig: how it runs, not what it is.
-RUNTIME_FIELDS = ('dtype', 'attention', 'remat', 'scan_layers', 'tokens_per_chunk')
+RUNTIME_FIELDS = ('dtype', 'attention', 'remat', 'scan_layers', 'tokens_per_chunk', 'device')
 DTYPES = ('float32', 'bfloat16')
 
 

@@ -2,7 +2,7 @@
 
 Both answer what `attention.attend` answers for a `Causal`, and are chosen by `ModelConfig.attention`. Decoding, one query
 against a cache, needs neither. No kernel has been run on the hardware that it is for. Where there is no TPU, splash runs
-in an interpreter: slow, and for tests. cuDNN takes who sees whom as an array [B, 1, T, S], one for all heads.
+in an interpreter: slow, and for tests.
 """
 
 import functools
@@ -17,13 +17,26 @@ _LANES = 128  # splash works in blocks of a multiple of so many tokens
 _LONGEST_BLOCK = 512  # MaxText's default for all of its blocks; that of JAX, 128, is there to be replaced
 
 
-def cudnn_attention(q_BTNH, k_BKSH, v_BKSH, causal):
-  """cuDNN's fused attention, in bfloat16; raises RuntimeError where there is no cuDNN. Its gradient needs even lengths."""
+def cudnn_attention(q_BTNH, k_BKSH, v_BKSH, causal, implementation='cudnn'):
+  """cuDNN's fused attention, in bfloat16; raises RuntimeError where there is no cuDNN.
+
+  Dense rows are told by their lengths, and nothing after the diagonal is computed. Others (packed,
+  or with padding before them) are told by an array [B, 1, T, S] of who sees whom, and computed in
+  full. `implementation` 'xla' makes the same call without the kernel.
+  """
   T, S = q_BTNH.shape[1], k_BKSH.shape[2]
-  seen_BTS = _longer(_longer(causal.seen(slice(0, S), slice(causal.start, causal.start + T)), T % 2, 1), S % 2, 2)
+  q_BTNH = _longer(q_BTNH, T % 2, 1)  # its gradient needs even lengths
   k_BSKH, v_BSKH = (_longer(x.swapaxes(1, 2), S % 2, 1) for x in (k_BKSH, v_BKSH))
-  out_BTNH = jax.nn.dot_product_attention(_longer(q_BTNH, T % 2, 1), k_BSKH, v_BSKH, mask=seen_BTS[:, None],
-                                          implementation='cudnn')
+  if causal.dense and causal.start == 0:
+    length_B = (causal.segment_BT > 0).sum(1, dtype=jnp.int32)
+    window = None if causal.window is None else (causal.window - 1, 0)
+    told = {'is_causal': True, 'query_seq_lengths': length_B, 'key_value_seq_lengths': length_B,
+            'local_window_size': window}
+  else:
+    seen_BTS = causal.seen(slice(0, S), slice(causal.start, causal.start + T))
+    told = {'mask': _longer(_longer(seen_BTS, T % 2, 1), S % 2, 2)[:, None]}
+  out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, implementation=implementation,
+                                          **told)
   return _of_tokens(out_BTNH[:, :T], causal)
 
 

@@ -12,12 +12,14 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.axes import axes_of
 from rlhf_jax.model.attention import Causal, Seen, attend, frequencies, layer_norm, project, rms_norm, rotate
 from rlhf_jax.model.cache import write
+from rlhf_jax.model import running
 from rlhf_jax.model.config import ModelConfig
-from rlhf_jax.model.partition import constrain, cuts_parameters, for_lookup, gathered
+from rlhf_jax.model.partition import batch_parts, constrain, cuts_parameters, for_lookup, gathered
 
 _ACTIVATIONS = {'silu': jax.nn.silu, 'gelu': functools.partial(jax.nn.gelu, approximate=False),
                 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
@@ -87,8 +89,8 @@ class Block(nn.Module):
 
   def _attention(self, y_BTD, position_BT, sees, cache, slot, wanted):
     c, weight = self.config, functools.partial(_weight, self)
-    q_BTNH = project(_chosen(y_BTD, wanted), weight('q_DNH'))
-    k_BTKH, v_BTKH = project(y_BTD, weight('k_DKH')), project(y_BTD, weight('v_DKH'))
+    q_BTNH = _product(_chosen(y_BTD, wanted), weight('q_DNH'))
+    k_BTKH, v_BTKH = _product(y_BTD, weight('k_DKH')), _product(y_BTD, weight('v_DKH'))
     if c.qkv_bias:
       q_BTNH, k_BTKH, v_BTKH = q_BTNH + weight('q_bias_NH'), k_BTKH + weight('k_bias_KH'), v_BTKH + weight('v_bias_KH')
     if c.qk_norm:
@@ -101,18 +103,18 @@ class Block(nn.Module):
     if cache is not None:
       cache = write(cache, k_BKTH, v_BKTH, slot)
     k_BKSH, v_BKSH = cache if isinstance(sees, Seen) and cache is not None else (k_BKTH, v_BKTH)
-    out_BTD = project(attend(q_BTNH, k_BKSH, v_BKSH, _of_chosen(sees, wanted), c.attention), weight('o_NHD'),
-                      contracted=2)
+    attended_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, _of_chosen(sees, wanted), running.attention_kernel(c))
+    out_BTD = _product(checkpoint_name(attended_BTNH, _KEPT), weight('o_NHD'), contracted=2)
     return (out_BTD + weight('o_bias_D') if c.output_bias else out_BTD), cache
 
   def _feedforward(self, y_BTD):
     c, weight = self.config, functools.partial(_weight, self)
     def branch(name):
-      x_BTF = constrain(project(y_BTD, weight(f'{name}_DF')), 'BTF', F='tensor')
+      x_BTF = constrain(_product(y_BTD, weight(f'{name}_DF')), 'BTF', F='tensor')
       return x_BTF + weight(f'{name}_bias_F') if c.feedforward_bias else x_BTF
     activation = _ACTIVATIONS[c.activation]
     inner_BTF = activation(branch('gate')) * branch('up') if c.gated else activation(branch('up'))
-    out_BTD = project(inner_BTF, weight('down_FD'))
+    out_BTD = _product(inner_BTF, weight('down_FD'))
     return out_BTD + weight('down_bias_D') if c.feedforward_bias else out_BTD
 
 
@@ -122,7 +124,7 @@ class Transformer(nn.Module):
   `sees` is a Causal, of these tokens alone, or a Seen whose keys are the slots of the cache. `wanted` says of which tokens
   the stream is wanted: None for all, a number for the slots from there on, an array slot_B for one a row. The last block
   computes no others, unless blocks are scanned. `blocks` among the parameters may also be what `split_layers` makes of it,
-  which spares a decode loop the splitting at every token.
+  which spares a decode loop the splitting at every token, and is never scanned.
   """
   config: ModelConfig
 
@@ -134,8 +136,9 @@ class Transformer(nn.Module):
       x_BTD = x_BTD + _row(self, 'position_TD', position_BT)
     x_BTD = _stream(constrain(x_BTD, 'BTD'))                                    # first whole: the table is cut along V
     blocks = self.param('blocks', _initial_blocks, c) if self.is_initializing() else self.get_variable('params', 'blocks')
-    if c.scan_layers and cache is None:
-      x_BTD = _chosen(_scanned(c, blocks, x_BTD, position_BT, sees), wanted)
+    if running.scans_layers(c) and not isinstance(blocks, tuple):
+      x_BTD, cache = _scanned(c, blocks, x_BTD, position_BT, sees, cache)
+      x_BTD = _chosen(x_BTD, wanted)
     else:
       x_BTD, cache = _unrolled(c, blocks, x_BTD, position_BT, sees, cache, slot, wanted)
     return _norm(self, 'final_norm', x_BTD), cache
@@ -179,7 +182,7 @@ def _without_L(name):
 def _initial_blocks(key, config):
   """Stacked parameters of all blocks, each layer drawn from a key of its own."""
   x_BTD, position_BT = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1), jnp.int32)
-  plain = dataclasses.replace(config, attention='xla')                          # no kernel has to do with what is stored
+  plain = dataclasses.replace(config, attention='xla')  # no kernel has to do with what is stored
   one = lambda k: Block(plain).init(k, x_BTD, position_BT, Causal(jnp.ones((1, 1), jnp.int32)))['params']
   return {_with_L(name): stacked for name, stacked in jax.vmap(one)(jax.random.split(key, config.layers)).items()}
 
@@ -191,20 +194,44 @@ def _apply_block(config, wanted, layer, *args):
 
 # What a weight goes through before it is multiplied with: done again rather than kept, or all layers are kept gathered.
 _BEFORE_PRODUCTS = 'convert_element_type', 'sharding_constraint', 'reshape', 'transpose'
+_KEPT = 'product'  # name of what 'dots' keeps: what products with weights give, and attention
+_FUSED_ATTENTION = 'dot_product_attention_fwd_wrapper'  # cuDNN's: keeps the sums of its softmax too
 
 
-def _remat(config, wanted=None):
-  """A block whose backward pass makes again what `remat` says: all of it, or else only weights that have to be gathered."""
+def _product(x, weight, contracted=1):
+  """`project`, whose result may be kept for the backward pass."""
+  return checkpoint_name(project(x, weight, contracted), _KEPT)
+
+
+def _keeps_products(primitive, *_, **params):
+  if primitive.name == 'name':
+    return params['name'] == _KEPT
+  return primitive.name == _FUSED_ATTENTION
+
+
+def _keeps_all_but_weights(primitive, *_, **__):
+  return primitive.name not in _BEFORE_PRODUCTS
+
+
+def _remat(config, x_BTD, wanted=None):
+  """A block that keeps for its backward pass what the policy says; with 'none' all of it, but for
+  weights that have to be gathered.
+  """
   apply = functools.partial(_apply_block, config, wanted)
-  if not config.remat and not cuts_parameters():
+  B, T, _ = x_BTD.shape
+  name = running.remat_policy(config, B * T // batch_parts())
+  if name == 'none' and not cuts_parameters():
     return apply
-  policy = None if config.remat else lambda primitive, *_, **__: primitive.name not in _BEFORE_PRODUCTS
-  return jax.checkpoint(apply, prevent_cse=not config.scan_layers, policy=policy)
+  policy = {'none': _keeps_all_but_weights, 'dots': _keeps_products, 'block': None}[name]
+  return jax.checkpoint(apply, prevent_cse=not running.scans_layers(config), policy=policy)
 
 
 def _unrolled(config, blocks, x_BTD, position_BT, sees, cache, slot, wanted):
-  make = _remat if cache is None else lambda *args: functools.partial(_apply_block, *args)
-  every, last, written = make(config, None), make(config, wanted), []
+  if cache is None:
+    every, last = _remat(config, x_BTD), _remat(config, x_BTD, wanted)
+  else:
+    every, last = (functools.partial(_apply_block, config, each) for each in (None, wanted))
+  written = []
   for i, layer in enumerate(split_layers(blocks, config.layers)):
     apply = last if i == config.layers - 1 else every
     x_BTD, layer_cache = apply(layer, x_BTD, position_BT, sees, None if cache is None else cache[i], slot)
@@ -214,7 +241,17 @@ def _unrolled(config, blocks, x_BTD, position_BT, sees, cache, slot, wanted):
   return x_BTD, None if cache is None else tuple(written)
 
 
-def _scanned(config, blocks, x_BTD, position_BT, sees):
-  apply = _remat(config)
-  body = lambda x, layer: (apply(layer, x, position_BT, sees)[0], None)
-  return jax.lax.scan(body, x_BTD, {_without_L(name): stacked for name, stacked in blocks.items()})[0]
+def _scanned(config, blocks, x_BTD, position_BT, sees, cache):
+  apply = _remat(config, x_BTD)
+
+  def body(x_BTD, layer_and_cache):
+    layer, layer_cache = layer_and_cache
+    return apply(layer, x_BTD, position_BT, sees, layer_cache)
+  layers = {_without_L(name): stacked for name, stacked in blocks.items()}
+  if cache is None:
+    # All layers in the compute dtype at once: a loop that casts its slices does so in both passes.
+    layers = {name: stacked.astype(config.dtype) for name, stacked in layers.items()}
+    return jax.lax.scan(body, x_BTD, (layers, None))
+  stacked_cache = jax.tree.map(lambda *layers: jnp.stack(layers), *cache)
+  x_BTD, stacked_cache = jax.lax.scan(body, x_BTD, (layers, stacked_cache))
+  return x_BTD, tuple(tuple(x[i] for x in stacked_cache) for i in range(config.layers))
