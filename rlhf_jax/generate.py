@@ -23,7 +23,7 @@ from rlhf_jax.model.config import ModelConfig
 from rlhf_jax.model.forward import check_length, prefill
 from rlhf_jax.model.heads import prepare_to_decode, unembed_DV
 from rlhf_jax.model.partition import batch_parts, constrain
-from rlhf_jax.model.running import scans_layers
+from rlhf_jax.model.running import reads_written_cache, scans_layers
 from rlhf_jax.records import Prompts, Rollout
 
 # The cache grows in so many steps to the length limit, of about this many tokens at least: less is read while answers are
@@ -151,8 +151,9 @@ class _Queue:
 
   def _rings(self):
     """Sizes of the cache, one after another, where no slot is ever filled again: what is not written is not read."""
-    P = self.prompts.tokens_BP.shape[1]
-    return [P + length for length in ring_growth(P, self.sampling.new_tokens)]
+    P, R = self.prompts.tokens_BP.shape[1], self.sampling.new_tokens
+    growth = (R,) if reads_written_cache(self.config) else ring_growth(P, R)
+    return [P + length for length in growth]
 
   def _grown(self, state, ring):
     """The same state with a longer ring, of which the new places are empty."""
@@ -260,10 +261,11 @@ def _around(x, axis, ring, clock):
   return jnp.roll(jnp.pad(x, widths), clock - x.shape[axis], axis)
 
 
-def loop_trips(prompts, prompt_tokens, new_tokens, slots=None, parts=1):
+def loop_trips(config, prompts, prompt_tokens, new_tokens, slots=None, parts=1):
   """How often the loops of `generate` run, the outer before the inner, where every answer runs to its limit."""
   decoded = new_tokens - 1                                                      # the first comes with the prefill
   if slots is None or slots >= prompts:
-    return (decoded / len(ring_growth(prompt_tokens, new_tokens)),)
+    rings = 1 if reads_written_cache(config) else len(ring_growth(prompt_tokens, new_tokens))
+    return (decoded / rings,)
   fills = prompts / parts / -(-slots // parts // _REFILLS)
   return fills, decoded * prompts / slots / fills

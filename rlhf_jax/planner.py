@@ -120,7 +120,7 @@ def _iteration(run):
   answer = made.answer.trace(*args)
   config, limits = run.experiment.ppo, run.experiment.data.limits
   yield Program('generate', ppo.NAME, answer, args, holds | {'batch': prompts},
-                loop_trips(config.batch_size, limits.prompt_tokens, limits.response_tokens, config.slots,
+                loop_trips(run.policy.config, config.batch_size, limits.prompt_tokens, limits.response_tokens, config.slots,
                            runner.batch_parts), _cache(run))
   rollout = runner.place(_shapes(answer.out_info), 'batch')
   score = runner.place({'score_B': jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)}, 'batch')

@@ -10,13 +10,16 @@ import math
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from rlhf_jax.model.kernels import cudnn_attention, splash_attention
+from rlhf_jax.model import decode_kernel
+from rlhf_jax.model.kernels import PRODUCT, cudnn_attention, splash_attention
 
 _MASKED = -1e30
 _LOWEST = -1e29  # largest score of a query that sees nothing: above _MASKED, so that all its weights are 0, not NaN
 KERNELS = {'cudnn': cudnn_attention, 'splash': splash_attention,
            'cudnn_by_xla': functools.partial(cudnn_attention, implementation='xla')}
+_OF_GPUS = 'cudnn', 'cudnn_by_xla'  # beside them, queries against a cache have a kernel of their own
 # Queries whose scores exist at a time; keys after the last of them are never read. Long sequences have longer pieces, for
 # each is compiled.
 _QUERIES_A_PIECE, _MOST_PIECES = 128, 16
@@ -129,12 +132,14 @@ def attend(q_BTNH, k_BKSH, v_BKSH, sees, kernel='xla'):
   an accelerator.
   """
   if isinstance(sees, Seen):
+    if kernel in _OF_GPUS and q_BTNH.shape[1] == 1 and decode_kernel.allows(q_BTNH.shape[-1]):
+      out_BNH = decode_kernel.decode_attention(q_BTNH[:, 0], k_BKSH, v_BKSH, sees.seen_BTS[:, 0])
+      return out_BNH[:, None]
     return _weighted(q_BTNH, k_BKSH, v_BKSH, sees.seen_BTS)
   if kernel in KERNELS:
     return KERNELS[kernel](q_BTNH, k_BKSH, v_BKSH, sees)
-  if kernel == 'xla_loop':
-    return _looped(q_BTNH, k_BKSH, v_BKSH, sees)
-  return _unrolled(q_BTNH, k_BKSH, v_BKSH, sees)
+  by_xla = _looped if kernel == 'xla_loop' else _unrolled
+  return checkpoint_name(by_xla(q_BTNH, k_BKSH, v_BKSH, sees), PRODUCT)
 
 
 def _unrolled(q_BTNH, k_BKSH, v_BKSH, sees):

@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from rlhf_jax.model.partition import by_device
 
+PRODUCT = 'product'  # the name of what rematerialisation may keep: products with weights, attention
 _LANES = 128  # splash works in blocks of a multiple of so many tokens
 _LONGEST_BLOCK = 512  # MaxText's default for all of its blocks; that of JAX, 128, is there to be replaced
 
@@ -66,7 +67,7 @@ def _splash(window, start, q_BNTH, k_BKSH, v_BKSH, query_segment_BT, key_segment
 
   def attention(interpret, *args):
     kernel = splash.make_splash_mha(splash.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-                                    interpret=interpret)
+                                    residual_checkpoint_name=PRODUCT, interpret=interpret)
     return jax.vmap(kernel)(*args)
   return jax.lax.platform_dependent(q_BNTH, k_BKSH, v_BKSH, segments, tpu=functools.partial(attention, False),
                                     default=functools.partial(attention, True))

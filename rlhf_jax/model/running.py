@@ -7,6 +7,7 @@ as the memory goes. Read next: `transformer.py`, `kernels.py`.
 """
 
 from rlhf_jax.errors import ConfigError
+from rlhf_jax.model import decode_kernel
 from rlhf_jax.model.config import ModelConfig
 from rlhf_jax.model.device import Device, first_device
 
@@ -55,6 +56,11 @@ def check_attention(config: ModelConfig) -> None:
     named = {'xla_loop': 'xla'}.get(_automatic(config), _automatic(config))
     raise ConfigError(f'--attention {config.attention}: {refused}. Choose another: --attention auto '
                       f'would take {named}.')
+
+
+def reads_written_cache(config: ModelConfig) -> bool:
+  """Whether decoding reads no more of a cache than is written, so that it need not grow."""
+  return takes_dense_rows(config) and decode_kernel.allows(config.head_width)
 
 
 def takes_dense_rows(config: ModelConfig) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.axes import axes_of
-from rlhf_jax.model.attention import Causal, Seen, attend, frequencies, layer_norm, project, rms_norm, rotate
+from rlhf_jax.model.attention import PRODUCT, Causal, Seen, attend, frequencies, layer_norm, project, rms_norm, rotate
 from rlhf_jax.model.cache import write
 from rlhf_jax.model import running
 from rlhf_jax.model.config import ModelConfig
@@ -104,7 +104,7 @@ class Block(nn.Module):
       cache = write(cache, k_BKTH, v_BKTH, slot)
     k_BKSH, v_BKSH = cache if isinstance(sees, Seen) and cache is not None else (k_BKTH, v_BKTH)
     attended_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, _of_chosen(sees, wanted), running.attention_kernel(c))
-    out_BTD = _product(checkpoint_name(attended_BTNH, _KEPT), weight('o_NHD'), contracted=2)
+    out_BTD = _product(attended_BTNH, weight('o_NHD'), contracted=2)
     return (out_BTD + weight('o_bias_D') if c.output_bias else out_BTD), cache
 
   def _feedforward(self, y_BTD):
@@ -194,18 +194,17 @@ def _apply_block(config, wanted, layer, *args):
 
 # What a weight goes through before it is multiplied with: done again rather than kept, or all layers are kept gathered.
 _BEFORE_PRODUCTS = 'convert_element_type', 'sharding_constraint', 'reshape', 'transpose'
-_KEPT = 'product'  # name of what 'dots' keeps: what products with weights give, and attention
-_FUSED_ATTENTION = 'dot_product_attention_fwd_wrapper'  # cuDNN's: keeps the sums of its softmax too
+_FUSED_ATTENTION = 'dot_product_attention_fwd_wrapper'  # cuDNN's: its output and the sums of its softmax
 
 
 def _product(x, weight, contracted=1):
   """`project`, whose result may be kept for the backward pass."""
-  return checkpoint_name(project(x, weight, contracted), _KEPT)
+  return checkpoint_name(project(x, weight, contracted), PRODUCT)
 
 
 def _keeps_products(primitive, *_, **params):
   if primitive.name == 'name':
-    return params['name'] == _KEPT
+    return params['name'] == PRODUCT
   return primitive.name == _FUSED_ATTENTION
 
 
