@@ -50,7 +50,7 @@ import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import report
-from rlhf_jax.cli import make_runner
+from rlhf_jax.cli import make_runner, runner_name
 from rlhf_jax.config import Experiment, MeshConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_jax.errors import ConfigError, RlhfJaxError
 from rlhf_jax.generate import generate
@@ -412,7 +412,9 @@ def _resident_peak():
 def run(bench):
   """All numbers, as plain JSON values; raises ConfigError or ShardingError before anything is measured."""
   config = preset(bench.preset, dtype=bench.dtype)
-  setting = Setting(make_runner(bench.mesh), LanguageModel(config), ScalarModel(config), bench.batch)
+  policy, scalar = LanguageModel(config), ScalarModel(config)
+  runner = make_runner(bench.mesh, models=(policy, scalar))
+  setting = Setting(runner, policy, scalar, bench.batch)
   check(bench, setting)
   top, sizes = ceiling(setting, bench.repeats), bench.batch
   results = describe(bench, setting) | {'ceiling': top, 'workloads': {}}
@@ -482,7 +484,7 @@ def describe(bench, setting):
     'machine': {'platform': device.platform, 'device_kind': device.device_kind, 'devices': mesh.size, 'cores': cores},
     'model': {'preset': bench.preset, 'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
               **dataclasses.asdict(config)},
-    'mesh': {'runner': bench.mesh.runner, **dict(mesh.shape)},
+    'mesh': {'runner': runner_name(bench.mesh, jax.devices()), **dict(mesh.shape)},
     'batch': dataclasses.asdict(bench.batch), 'repeats': bench.repeats}
 
 

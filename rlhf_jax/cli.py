@@ -38,7 +38,7 @@ from rlhf_jax.model import huggingface, running
 from rlhf_jax.model.config import preset
 from rlhf_jax.model.device import describe
 from rlhf_jax.model.forward import check_length
-from rlhf_jax.model.heads import LanguageModel, ScalarModel
+from rlhf_jax.model.heads import LanguageModel, ScalarModel, initial_params
 from rlhf_jax.processes import ProcessesConfig
 from rlhf_jax.stages import ppo, reward, sft
 from rlhf_jax.stages.task import PARTS, Run
@@ -195,8 +195,9 @@ def prepare(experiment, make_task, directory):
   reward_config = _reward_config(experiment, model_config)
   check_vocabulary(tokenizer, policy=model_config, reward=reward_config)
   chat = _chat(tokenizer, generation_ends, model_config.vocab_size, began)
-  return _run(experiment, task, chat, make_runner(experiment.mesh), directory, model_config,
-              reward_config, pretrained)
+  run = _run(experiment, task, chat, None, directory, model_config, reward_config, pretrained)
+  _say_devices(experiment.mesh, run.runner)
+  return run
 
 
 def _chat(tokenizer, generation_ends, vocab_size, began):
@@ -274,21 +275,23 @@ def prepare_shapes(experiment, devices, memory_bytes=None):
   else:                                                                         # what is on the hub has the preset's shapes
     model_config = preset(experiment.preset, **_runtime(experiment))
   reward_config = _reward_config(experiment, model_config)
-  return _run(experiment, None, planner.CHAT, make_runner(experiment.mesh, devices), None,
-              model_config, reward_config, memory_bytes=memory_bytes)
+  return _run(experiment, None, planner.CHAT, devices, None, model_config, reward_config,
+              memory_bytes=memory_bytes)
 
 
-def _run(experiment, task, chat, runner, directory, model_config, reward_config, pretrained=None,
+def _run(experiment, task, chat, devices, directory, model_config, reward_config, pretrained=None,
          memory_bytes=None):
   for size in (model_config, reward_config):
     check_length(size, experiment.data.limits.tokens)
+  device = describe(jax.devices()[0] if devices is None else devices[0], memory_bytes)
+  model_config, reward_config = (dataclasses.replace(size, device=device)
+                                 for size in (model_config, reward_config))
+  for size in (model_config, reward_config):
+    running.check_attention(size)
+  policy, reward_model = LanguageModel(model_config), ScalarModel(reward_config)
+  runner = make_runner(experiment.mesh, devices, (policy, reward_model))
   _check_answers(experiment.ppo, runner.batch_parts)
-  device = describe(runner.mesh.devices.flat[0], memory_bytes)
-  policy, scalar = (dataclasses.replace(each, device=device) for each in (model_config, reward_config))
-  for each in (policy, scalar):
-    running.check_attention(each)
-  return Run(experiment, task, chat, runner, directory, LanguageModel(policy), ScalarModel(scalar),
-             pretrained)
+  return Run(experiment, task, chat, runner, directory, policy, reward_model, pretrained)
 
 
 def _make_tokenizer(directory, demonstrations, vocab_size):
@@ -325,7 +328,8 @@ def show_plan(experiment, command):
   if not _is_path(experiment.pretrained) and experiment.pretrained is not None:
     say(f'{experiment.pretrained} is not looked at: the plan takes the sizes of the preset {experiment.preset}')
   if run.runner.mesh.size < len(devices):
-    say(f'--mesh.runner {experiment.mesh.runner} uses {run.runner.mesh.size} of the {len(devices)} devices')
+    say(f'--mesh.runner {runner_name(experiment.mesh, devices)} uses {run.runner.mesh.size} of the '
+        f'{len(devices)} devices')
   made = planner.plan(run, command.plan, command.stages, say=say)
   if made.too_large:
     suggestion = remedies.suggest(experiment, made, prepare_it, configs.override, len(devices), command.stages, say)
@@ -352,11 +356,51 @@ def _check_answers(config, parts):
                         f'batch. Pass a multiple of {parts}.')
 
 
-def make_runner(mesh, devices=None):
-  """The Runner that a MeshConfig names, on the devices of this process unless others are given."""
-  if mesh.runner == 'sharded':
-    return runners.sharded(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices)
-  return runners.pmapped(devices) if mesh.runner == 'pmap' else runners.single(devices and devices[0])
+def make_runner(mesh, devices=None, models=()):
+  """The Runner that a MeshConfig names, on the devices of all processes unless others are given.
+
+  `models` are those whose parameters it will hold: where the config leaves `fsdp` open, it takes
+  what their widths allow.
+  """
+  devices = jax.devices() if devices is None else devices
+  name = runner_name(mesh, devices)
+  if name == 'single':
+    return runners.single(devices[0])
+  if name == 'pmap':
+    return runners.pmapped(devices)
+  fsdp = _fsdp(mesh, len(devices), models) if mesh.fsdp is None else mesh.fsdp
+  return runners.sharded(data=mesh.data, fsdp=fsdp, tensor=mesh.tensor, devices=devices)
+
+
+def runner_name(mesh, devices):
+  """Which runner a MeshConfig means on these devices."""
+  if mesh.runner != 'auto':
+    return mesh.runner
+  sized = (mesh.data, mesh.fsdp, mesh.tensor) != (None, None, 1)
+  several_accelerators = len(devices) > 1 and devices[0].platform != 'cpu'
+  return 'sharded' if sized or several_accelerators else 'single'
+
+
+def _fsdp(mesh, count, models):
+  """How many ways to cut parameters where no flag says it: over all devices that are left, as far
+  as the parameters divide.
+  """
+  if mesh.tensor < 1:
+    return 1                                                                     # which `sharded` refuses
+  if mesh.data is not None:
+    return max(1, count // max(1, mesh.data * mesh.tensor))
+  shapes = {
+    str(number): jax.eval_shape(lambda model=model: initial_params(model, jax.random.key(0)))
+    for number, model in enumerate(models)}
+  return runners.largest_fsdp(shapes, count // mesh.tensor, mesh.tensor)
+
+
+def _say_devices(mesh, runner):
+  """A line on how the run lies on its devices, where that was not said by flags."""
+  chosen = mesh.runner == 'auto' or (runner.name == 'sharded' and mesh.fsdp is None)
+  if chosen and runner.mesh.size > 1:
+    sizes = ' '.join(f'--mesh.{axis} {size}' for axis, size in runner.mesh.shape.items())
+    print(f'{runner.mesh.size} devices: chosen is --mesh.runner {runner.name} {sizes}')
 
 
 def _open_directory(experiment, directory, command):

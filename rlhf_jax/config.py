@@ -27,9 +27,9 @@ from rlhf_jax.optimizer import OptimizerConfig
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Which devices the run uses, and how."""
-  runner: Literal['single', 'pmap', 'sharded'] = 'single'  # one device; copies on all; parameters cut over a mesh
+  runner: Literal['auto', 'single', 'pmap', 'sharded'] = 'auto'  # auto: sharded on several accelerators, else single
   data: int | None = None  # sharded: ways to split the batch; None takes what fsdp and tensor leave
-  fsdp: int = 1  # sharded: ways to cut parameters along the model width, the batch too
+  fsdp: int | None = None  # sharded: ways to cut parameters along the model width, the batch too; None: as many as divide it
   tensor: int = 1  # sharded: ways to cut heads, feed-forward and vocabulary
   cpu_devices: int | None = None  # without an accelerator: how many devices share its cores; None: 1, or as XLA_FLAGS says
 

@@ -8,7 +8,8 @@ def remedies(experiment, cost, mesh, devices):
   """Settings that make a program smaller on so many devices, each with those before it, the least harmful first."""
   stage, trains, changes = getattr(experiment, cost.stage), cost.name in ('SFT step', 'reward step', 'PPO update'), {}
   data, fsdp, tensor = (mesh.get(axis, 1) for axis in ('data', 'fsdp', 'tensor'))
-  if experiment.mesh.runner != 'sharded' and devices > 1:                       # each device holds all, or only one does
+  is_cut = 'fsdp' in mesh
+  if not is_cut and devices > 1:                                                # each device holds all, or only one does
     changes = {'mesh.runner': 'sharded', 'mesh.data': 1, 'mesh.fsdp': devices}
     yield changes
     data, fsdp = 1, devices
@@ -26,7 +27,7 @@ def remedies(experiment, cost, mesh, devices):
       yield (changes := changes | {'ppo.gather': False})
   if trains and stage.optimizer.moment_dtype != 'bfloat16':
     yield (changes := changes | {f'{cost.stage}.optimizer.moment_dtype': 'bfloat16'})
-  if experiment.mesh.runner == 'sharded' and data > 1:
+  if is_cut and data > 1:
     yield changes | {'mesh.data': 1, 'mesh.fsdp': fsdp * data}
   elif tensor > 1:
     yield changes | {'mesh.data': 1, 'mesh.fsdp': fsdp * 2, 'mesh.tensor': tensor // 2}

@@ -222,6 +222,24 @@ def sharded(data=None, fsdp=1, tensor=1, rules=None, devices=None):
   return Runner('sharded', mesh, _changed_rules(rules or {}, mesh), constrains=True)
 
 
+def largest_fsdp(params, ways, tensor=1):
+  """The largest divisor of `ways` into which the partition rules can cut these parameters along the
+  model width, beside `tensor`; 1 where none can.
+  """
+  for fsdp in range(ways, 1, -1):
+    if ways % fsdp == 0 and _divides(params, {'data': 1, 'fsdp': fsdp, 'tensor': tensor}):
+      return fsdp
+  return 1
+
+
+def _divides(params, sizes):
+  try:
+    partition.specs(params, sizes)
+  except ShardingError:
+    return False
+  return True
+
+
 def _changed_rules(changes, mesh):
   """partition.RULES with changes; a change of V or D also undoes the special rule of the embedding."""
   if 'B' in changes:

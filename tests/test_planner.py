@@ -117,7 +117,7 @@ def test_a_decode_loop_runs_as_often_as_is_planned(slots, monkeypatch):
   jax.jit(functools.partial(generate, POLICY, sampling=sampling, slots=slots))(params, prompts(width=5), jax.random.key(1))
   jax.effects_barrier()
   loops = 1 if slots else 2
-  assert len(decoded) == pytest.approx(loops * math.prod(generate_module.loop_trips(CONFIG, 16, 5, 17, slots)))
+  assert len(decoded) == pytest.approx(loops * math.prod(generate_module.loop_trips(POLICY.config, 16, 5, 17, slots)))
 
 
 # ---- bytes

@@ -26,10 +26,11 @@ from experiments import hh, quickstart, tldr
 from rlhf_jax import cli, planner
 from rlhf_jax import config as configs
 from rlhf_jax.checkpoint import Checkpoints
-from rlhf_jax.config import Experiment
+from rlhf_jax.config import Experiment, MeshConfig
 from rlhf_jax.data import encode, simulated
 from rlhf_jax.errors import ConfigError, DataError, ShardingError
 from rlhf_jax.metrics import read_metrics, read_samples
+from rlhf_jax.model import config as model_config
 from rlhf_jax.model.heads import initial_params
 from rlhf_jax.stages import answers, descent, ppo, reward, sft
 
@@ -652,9 +653,14 @@ def test_nothing_is_written_for_tensorboard_and_the_project_goes_to_wandb(tmp_pa
   [
     ({'mesh.runner': 'single'}, 1, (1, 16, 4, 4)),
     ({'mesh.runner': 'pmap'}, 8, (1, 16, 4, 4)),
-    ({'mesh.runner': 'sharded'}, 8, (1, 16, 4, 4)),
+    ({}, 1, (1, 16, 4, 4)),
+    ({'mesh.runner': 'sharded'}, 8, (1, 2, 4, 4)),
     ({'mesh.runner': 'sharded', 'mesh.fsdp': 4}, 8, (1, 4, 4, 4)),
-    ({'mesh.runner': 'sharded', 'mesh.tensor': 2}, 8, (1, 16, 2, 4)),
+    ({'mesh.runner': 'sharded', 'mesh.tensor': 2}, 8, (1, 4, 2, 4)),
+    ({'mesh.runner': 'sharded', 'mesh.data': 4}, 8, (1, 8, 4, 4)),
+    ({'mesh.fsdp': 2}, 8, (1, 8, 4, 4)),
+    ({'mesh.data': 8}, 8, (1, 16, 4, 4)),
+    ({'mesh.tensor': 2, 'mesh.fsdp': 1}, 8, (1, 16, 2, 4)),
     ({'mesh.runner': 'sharded', 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}, 8, (1, 8, 2, 4)),
   ],
 )
@@ -666,9 +672,47 @@ def test_a_mesh_has_the_devices_that_are_asked_for_and_cuts_parameters_over_them
   assert (len(q.sharding.device_set), q.addressable_shards[0].data.shape) == (devices, shard)
 
 
+@pytest.mark.parametrize(
+  'mesh, kind, count, chosen',
+  [
+    ({}, 'gpu', 8, 'sharded'),
+    ({}, 'tpu', 4, 'sharded'),
+    ({}, 'gpu', 1, 'single'),
+    ({}, 'cpu', 8, 'single'),
+    ({'fsdp': 4}, 'cpu', 8, 'sharded'),
+    ({'tensor': 2}, 'gpu', 2, 'sharded'),
+    ({'runner': 'single'}, 'gpu', 8, 'single'),
+    ({'runner': 'pmap'}, 'gpu', 8, 'pmap'),
+  ],
+)
+def test_the_runner_follows_from_the_devices_and_the_sizes(mesh, kind, count, chosen):
+  devices = [types.SimpleNamespace(platform=kind)] * count
+  assert cli.runner_name(MeshConfig(**mesh), devices) == chosen
+
+
+@pytest.mark.parametrize(
+  'settings, said',
+  [
+    ({'mesh.runner': 'sharded'}, 'chosen is --mesh.runner sharded --mesh.data 1 --mesh.fsdp 8 --mesh.tensor 1'),
+    ({'mesh.tensor': 2}, 'chosen is --mesh.runner sharded --mesh.data 1 --mesh.fsdp 4 --mesh.tensor 2'),
+    ({'preset': 'smaller', 'mesh.tensor': 2}, '--mesh.data 1 --mesh.fsdp 4 --mesh.tensor 2'),
+    ({'preset': 'odd', 'mesh.runner': 'sharded'}, '--mesh.data 2 --mesh.fsdp 4 --mesh.tensor 1'),
+    ({}, ''),
+    ({'mesh.runner': 'sharded', 'mesh.fsdp': 4}, ''),
+    ({'mesh.runner': 'single'}, ''),
+  ],
+)
+def test_what_is_chosen_of_a_mesh_is_said(tmp_path, capsys, monkeypatch, settings, said):
+  odd = dataclasses.replace(model_config.PRESETS['pico'], width=12)  # which 8 does not divide
+  monkeypatch.setitem(model_config.PRESETS, 'odd', odd)
+  prepare(tmp_path, settings=settings)
+  out = capsys.readouterr().out
+  assert said in out if said else 'chosen is' not in out
+
+
 def test_a_mesh_that_does_not_fit_the_devices(tmp_path):
   with pytest.raises(
-    ShardingError, match='a mesh of data=3 x fsdp=1 x tensor=1 needs 3 devices, but there are 8'
+    ShardingError, match='a mesh of data=3 x fsdp=2 x tensor=1 needs 6 devices, but there are 8'
   ):
     prepare(tmp_path, settings={'mesh.runner': 'sharded', 'mesh.data': 3})
 
