@@ -72,7 +72,7 @@ def make_task(experiment):
 
   return Task(demonstrations=demonstrations, comparisons=comparisons,
               prompts=(train_prompts, held_out_prompts), judge=judge,
-              ceiling=simulated.gold_accuracy)
+              ceiling=simulated.gold_accuracy, labelled=world.answers_per_prompt)
 
 
 if __name__ == '__main__':

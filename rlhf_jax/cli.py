@@ -10,6 +10,7 @@ import datetime
 import errno
 import functools
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -19,7 +20,7 @@ from typing import Literal
 
 import jax
 
-from rlhf_jax import chips, planner, processes, remedies, report, runners
+from rlhf_jax import ahead, chips, planner, processes, remedies, report, runners
 from rlhf_jax import config as configs
 from rlhf_jax.checkpoint import read_meta
 from rlhf_jax.data.chat import open_chat
@@ -61,6 +62,7 @@ class Command:
   plan: str = ''  # run nothing: compile for these devices, e.g. v5p:4x4x4 or cpu:8, and say whether all fits, and how fast
   json: bool = False  # the plan as JSON
   sized_for: str = ''  # take what the experiment sets for these devices, as --plan does; other flags take precedence
+  compile_ahead: bool | None = None  # compile later programs beside the run; None: on accelerators, where cores are idle
   processes: ProcessesConfig = ProcessesConfig()
 
 
@@ -116,22 +118,31 @@ def clear_exits(directory='', lost_s=0):
     yield
   except PreemptedError as error:
     _say_error(f'Stopped as asked: {error}. {goes_on}')
-    processes.leave(_START_AGAIN)
+    _leave(_START_AGAIN)
   except RlhfJaxError as error:
     _say_error(f'{type(error).__name__}: {error}')
-    processes.leave(_START_AGAIN if isinstance(error, ProcessError) else 2)
+    _leave(_START_AGAIN if isinstance(error, ProcessError) else 2)
   except KeyboardInterrupt:
     _say_error(f'\nStopped. {goes_on}')
-    processes.leave(130)
+    _leave(130)
   except Exception as error:
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
       _say_error(f'CheckpointError: {error}. What {directory} holds is complete up to the last checkpoint: free some space, '
                  'and the same command goes on from there.')
-      processes.leave(2)
-    if not processes.are_several():
+      _leave(2)
+    if not processes.are_several() and not ahead.is_busy():
       raise
     traceback.print_exc()
-    processes.leave(1, wait_s=lost_s + 5)
+    _leave(1, wait_s=lost_s + 5)
+
+
+def _leave(status, wait_s=5):
+  """Exits, without waiting for a program that is being compiled ahead."""
+  if ahead.is_busy():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  processes.leave(status, wait_s)
 
 
 def _say_error(text):
@@ -149,18 +160,15 @@ def run_stages(experiment, make_task, directory, command=Command()):
   processes.once('run directory', lambda: _open_directory(experiment, directory, command))
   run = prepare(experiment, make_task, directory)
   results = _earlier_results(directory)
-  for name in (name for name in _STAGES if name in command.stages):
-    if run.finished(name):
-      results[name] = read_meta(run.checkpoints(name))['evaluation']
-      print(f'{name}: finished before, skipped')
-    else:
-      stage_began = time.monotonic()
-      results[name] = _STAGES[name].train(run)
-      print(f'{name}: {time.monotonic() - stage_began:.0f} s')
-    if processes.first_says(command.export and not (run.stage(name) / 'export').exists()):
-      _export(run, name)
-    if processes.stop_asked():
-      raise PreemptedError(f'{name} is finished')
+  stages = [name for name in _STAGES if name in command.stages]
+  to_run = [name for name in stages if not run.finished(name)]
+  with _compiling_ahead(run, to_run, command.compile_ahead):
+    for name in stages:
+      results[name] = _train(run, name) if name in to_run else _earlier_evaluation(run, name)
+      if processes.first_says(command.export and not (run.stage(name) / 'export').exists()):
+        _export(run, name)
+      if processes.stop_asked():
+        raise PreemptedError(f'{name} is finished')
   if 'ppo' in command.stages:
     table, said = ppo.compare(run)
     results['table'] = table
@@ -171,6 +179,30 @@ def run_stages(experiment, make_task, directory, command=Command()):
   written = [name for name in ('results.json', 'answers.jsonl', 'report.png') if (directory / name).exists()]
   print(f'{directory}: {", ".join(written)}; {time.monotonic() - began:.0f} s in all')
   return results
+
+
+@contextlib.contextmanager
+def _compiling_ahead(run, stages, asked):
+  """Inside, the programs of these stages are compiled beside the run, where cores are idle."""
+  platform = run.runner.mesh.devices.flat[0].platform
+  programs = functools.partial(planner.programs, run, stages)
+  run.runner.ahead.begin(programs, ahead.idle_threads(platform, asked))
+  try:
+    yield
+  finally:
+    run.runner.ahead.stop()
+
+
+def _train(run, name):
+  began = time.monotonic()
+  measured = _STAGES[name].train(run)
+  print(f'{name}: {time.monotonic() - began:.0f} s')
+  return measured
+
+
+def _earlier_evaluation(run, name):
+  print(f'{name}: finished before, skipped')
+  return read_meta(run.checkpoints(name))['evaluation']
 
 
 def prepare(experiment, make_task, directory):

@@ -66,7 +66,7 @@ def programs(run, stages=STAGES):
   if reward.NAME in stages:
     yield _descent(run, 'reward step', reward, run.experiment.reward, run.reward, _comparisons(run))
   if ppo.NAME in stages:
-    yield from _iteration(run)
+    yield from _iteration(run, _has_reward_model(run, stages))
 
 
 def _key():
@@ -89,7 +89,16 @@ def _demonstrations(run):
 
 def _comparisons(run):
   length, B = run.experiment.data.limits.tokens, run.experiment.reward.batch_size
-  return batches.comparison_batches([RankedRows([_row(length)] * 2, [0, 1])] * B, batch_size=B, length=length, seed=0)[0]
+  count = 2 if run.task is None else run.task.candidates
+  rows = [RankedRows([_row(length)] * count, list(range(count)))] * B
+  return batches.comparison_batches(rows, batch_size=B, length=length, seed=0)[0]
+
+
+def _has_reward_model(run, stages):
+  """Whether PPO will find one: of a plan always; of a run where it is there or will be trained."""
+  if run.directory is None or reward.NAME in stages:
+    return True
+  return run.checkpoints(reward.NAME).exists()
 
 
 def _prompts(run):
@@ -106,13 +115,14 @@ def _descent(run, name, stage, config, model, batch):
                  {'parameters': state.params, 'optimizer': state.opt_state, 'batch': batch})
 
 
-def _iteration(run):
+def _iteration(run, has_reward_model=True):
   """generate, experience and PPO update: each is given the shapes of what the one before it returns."""
   runner, optimizer = run.runner, ppo.optimizer_of(run)
   made = ppo.compile_programs(run, optimizer)
   state = runner.abstract(functools.partial(ppo.abstract_state, run, optimizer))
-  frozen = runner.abstract(lambda: {'reference': initial_params(run.policy, jax.random.key(0)),
-                                    'reward': initial_params(run.reward, jax.random.key(0))})
+  models = {'reference': run.policy} | ({'reward': run.reward} if has_reward_model else {})
+  frozen = runner.abstract(lambda: {
+    name: initial_params(model, jax.random.key(0)) for name, model in models.items()})
   holds = {'parameters': state.params, 'optimizer': state.opt_state, 'frozen': frozen}
   prompts = runner.place(_shapes(_prompts(run)), 'batch')
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rlhf_jax.ahead import Ahead
 from rlhf_jax.errors import ConfigError, ShardingError
 from rlhf_jax.model import partition
 
@@ -32,6 +33,7 @@ class Runner:
   rules: dict[str, Any]
   axis_name: str | None = None
   constrains: bool = False  # whether activations are pinned to the mesh inside the functions
+  ahead: Ahead = dataclasses.field(default_factory=Ahead, repr=False)  # compiles programs before they are called
   _known: dict = dataclasses.field(default_factory=dict, repr=False)  # shardings already worked out, by structure
 
   @property
@@ -108,6 +110,7 @@ class Runner:
     The result has `.trace(*args)` and `.lower(*args)`, to read the program: they take shapes too, of arrays that need not
     exist, on devices that need not be here.
     """
+    name = _name(fn)
     if self.axis_name is not None:
       fn = self._mapped(fn, inputs, outputs)
 
@@ -117,10 +120,13 @@ class Runner:
         return self._pin(result, outputs)
       return tuple(self._pin(tree, kind) for tree, kind in zip(result, outputs, strict=True))
 
-    jitted = jax.jit(functools.wraps(fn)(pinned), donate_argnums=donate)
+    pinned.__name__ = name
+    jitted = jax.jit(pinned, donate_argnums=donate)
 
     def placed(method, *args):
       args = tuple(self.place(tree, kind) for tree, kind in zip(args, inputs, strict=True))
+      if method is jitted:
+        self.ahead.wait(args)
       with self._laid_out() if self.constrains else contextlib.nullcontext():
         return method(*args)
 
@@ -159,6 +165,11 @@ class Runner:
     spec = lambda kind: PartitionSpec(self.axis_name) if kind == 'batch' else PartitionSpec()
     out_specs = spec(outputs) if isinstance(outputs, str) else tuple(map(spec, outputs))
     return jax.shard_map(fn, mesh=self.mesh, in_specs=tuple(map(spec, inputs)), out_specs=out_specs, check_vma=False)
+
+
+def _name(fn):
+  """What profiles and messages call a function."""
+  return getattr(fn, 'func', fn).__name__
 
 
 def _is_local(x):

@@ -59,6 +59,13 @@ class Batches:
     _, chosen = self._batch(step)
     return list(chosen)
 
+  def of_each_length(self):
+    """A batch of each length that the first epoch has, in the order in which they come."""
+    first = {}
+    for step in range(self.per_epoch):
+      first.setdefault(self._batch(step)[0], step)
+    return [self[step] for step in first.values()]
+
   def read(self, start, stop):
     """Batches start .. stop - 1, in order, prepared ahead by one thread."""
     source = grain.MapDataset.range(start, stop).map(self.__getitem__)

@@ -5,6 +5,7 @@ It resumes from the newest checkpoint, and goes on exactly as if it had never st
 """
 
 import dataclasses
+import functools
 import time
 
 import jax
@@ -48,6 +49,10 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
           f'{config.optimizer.warmup_steps}, so that it takes at most half of {config.steps}')
   optimizer, step = compile_step(runner, loss_fn, config)
   evaluate = _evaluation(runner, loss_fn, held_out)
+  abstract = functools.partial(
+    runner.abstract, lambda: init_state(initial_params(model, key), optimizer))
+  if runner.ahead.is_on:
+    _compile_ahead(runner, name, step, abstract(), batches, key)
   with Checkpoints(run.checkpoints(name)) as checkpoints, run.log(name) as log:
     start = checkpoints.latest()
     if start is None:
@@ -55,7 +60,7 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
       log.truncate_after(-1)
       measured = None
     else:
-      state, meta = checkpoints.restore(runner.abstract(lambda: init_state(initial_params(model, key), optimizer)))
+      state, meta = checkpoints.restore(abstract())
       start, measured = int(state.step), meta['evaluation']
       log.truncate_after(start)
     if measured is None:                                                        # not done yet, or stopped in the middle
@@ -90,6 +95,14 @@ def descend(run, name, config, *, model, loss_fn, make_params, batches, held_out
           if stops:
             raise PreemptedError(f'{name} step {done} is saved')
     return state, measured
+
+
+def _compile_ahead(runner, name, step, state, batches, key):
+  """Has the step compiled for every length of its batches, while the stage begins."""
+  for batch in reversed(batches.of_each_length()):  # each is put before those that wait
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    args = state, runner.place(shapes, 'batch'), key
+    runner.ahead.add(f'{name} step', args, functools.partial(step.trace, *args), first=True)
 
 
 def save_final(run, name, state, measured, **more):

@@ -41,6 +41,14 @@ class Task:
   reward_functions: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
   chat_template: str | None = None  # in place of the tokenizer's own, or of the one that it gets where it has none
   ceiling: Callable[[list[Example]], float] | None = None  # reward accuracy that the labellers' noise allows
+  labelled: int = 2  # where `comparisons` is a function: how many answers to a prompt are ranked, at most
+
+  @property
+  def candidates(self):
+    """How many responses of a prompt are compared, at most."""
+    if callable(self.comparisons):
+      return self.labelled
+    return max((len(example.responses) for split in self.comparisons for example in split), default=2)
 
 
 @dataclasses.dataclass(frozen=True)

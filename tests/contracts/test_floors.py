@@ -14,7 +14,7 @@ FLOORS = [
   ('model',),
   ('losses',),
   ('optimizer', 'step', 'update', 'generate', 'experience', 'rewards', 'compiled'),
-  ('runners', 'chips'),
+  ('ahead', 'runners', 'chips'),
   ('data', 'checkpoint', 'metrics', 'processes', 'roll_call', 'startup'),
   ('config', 'handoff', 'stages', 'planner', 'remedies', 'report', 'cli'),
 ]

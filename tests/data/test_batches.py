@@ -249,3 +249,12 @@ def test_prompts_of_a_batch_are_padded_to_one_of_so_many_lengths():
     P = batch.tokens_BP.shape[1]
     assert P in b.bucket_lengths(LENGTH, 3)
     assert batch.valid_BP.sum(1).max() <= P
+
+
+def test_of_each_length_there_is_one_batch_in_the_order_in_which_they_come():
+  rows = [Row([1] * length, [True] * length) for length in (3,) * 8 + (8,) * 4 + (5,) * 4]
+  source = b.demonstration_batches(rows, batch_size=4, length=8, seed=1)
+  came = [source[step].tokens_BT.shape for step in range(4)]
+  assert sorted(came) == [(4, 4), (4, 4), (4, 6), (4, 8)]
+  found = [batch.tokens_BT.shape for batch in source.of_each_length()]
+  assert found == list(dict.fromkeys(came))
