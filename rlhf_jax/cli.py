@@ -170,7 +170,8 @@ def run_stages(experiment, make_task, directory, command=Command()):
       if processes.stop_asked():
         raise PreemptedError(f'{name} is finished')
   if 'ppo' in command.stages:
-    table, said = ppo.compare(run)
+    with _clear_memory_errors(run, 'ppo'):
+      table, said = ppo.compare(run)
     results['table'] = table
     processes.once('answers', lambda: _write_answers(directory, said))
     report.print_table(table, f'{len(said["SFT"][0])} answers to {len(run.task.prompts[1])} held-out prompts')
@@ -193,9 +194,22 @@ def _compiling_ahead(run, stages, asked):
     run.runner.ahead.stop()
 
 
+@contextlib.contextmanager
+def _clear_memory_errors(run, stage):
+  """Where memory runs out, an error that says what was needed and which settings help."""
+  run.runner.calls.clear()
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if not remedies.is_out_of_memory(error):
+      raise
+    raise remedies.out_of_memory(run, stage, error) from error
+
+
 def _train(run, name):
   began = time.monotonic()
-  measured = _STAGES[name].train(run)
+  with _clear_memory_errors(run, name):
+    measured = _STAGES[name].train(run)
   print(f'{name}: {time.monotonic() - began:.0f} s')
   return measured
 

@@ -35,6 +35,10 @@ class DivergedError(RlhfJaxError):
   """A loss, gradient or score that is not a finite number; training stops before it spoils a checkpoint."""
 
 
+class DeviceMemoryError(RlhfJaxError):
+  """A program, or what a stage keeps beside it, that the memory of the devices does not hold."""
+
+
 class ProcessError(RlhfJaxError):
   """Processes of one run that do not come together."""
 

@@ -6,10 +6,12 @@ rules), 'batch' (first axis B, split over devices), 'same' (keys, metrics: the s
 arrays have their full, logical shape, whatever the runner.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -25,6 +27,24 @@ from rlhf_jax.model import partition
 Kind = Literal['params', 'batch', 'same']
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """A call of a compiled function, without its arrays: enough to ask what it needed."""
+  name: str
+  lower: Callable
+  structure: Any
+  leaves: list[tuple]  # shape, dtype and sharding of each array
+
+  def memory(self):
+    """Bytes of its arguments on a device, and of what it needs beside them."""
+    args = jax.tree.unflatten(self.structure, [
+      jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+      for shape, dtype, sharding in self.leaves])
+    stats = self.lower(*args).compile().memory_analysis()
+    results = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
+    return stats.argument_size_in_bytes, stats.temp_size_in_bytes + results
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Runner:
   """Compiles, places and fetches. Made by `single`, `pmapped` or `sharded`; `axis_name` goes to the functions it runs."""
@@ -34,6 +54,8 @@ class Runner:
   axis_name: str | None = None
   constrains: bool = False  # whether activations are pinned to the mesh inside the functions
   ahead: Ahead = dataclasses.field(default_factory=Ahead, repr=False)  # compiles programs before they are called
+  calls: collections.deque[Call] = dataclasses.field(  # the last one
+    default_factory=functools.partial(collections.deque, maxlen=1), repr=False)
   _known: dict = dataclasses.field(default_factory=dict, repr=False)  # shardings already worked out, by structure
 
   @property
@@ -96,7 +118,9 @@ class Runner:
     whole = NamedSharding(self.mesh, PartitionSpec())
     if not whole.is_fully_addressable:                                           # each process has made keys of its own
       args = jax.tree.map(lambda x: _put(x, whole, np.shape(x)) if _is_local(x) else x, args)
-    return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, *args), 'params'))(*args)
+    shardings = self.shardings(jax.eval_shape(make, *args), 'params')
+    made = jax.jit(make, out_shardings=shardings)(*args)
+    return jax.block_until_ready(made)  # what does not fit is said here, and not where it is used
 
   def abstract(self, make, *args):
     """Shapes, dtypes and shardings of make(*args), a tree of 'params', of which nothing is computed: to restore onto."""
@@ -127,6 +151,9 @@ class Runner:
       args = tuple(self.place(tree, kind) for tree, kind in zip(args, inputs, strict=True))
       if method is jitted:
         self.ahead.wait(args)
+        leaves, structure = jax.tree.flatten(args)
+        of_each = [(x.shape, x.dtype, x.sharding) for x in leaves]
+        self.calls.append(Call(name, run.lower, structure, of_each))
       with self._laid_out() if self.constrains else contextlib.nullcontext():
         return method(*args)
 

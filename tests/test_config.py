@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from rlhf_jax import config
 from rlhf_jax.config import (
   DataConfig,
   Experiment,
@@ -260,3 +261,14 @@ def test_what_lies_on_the_edge_is_taken():
 def test_configs_are_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     MeshConfig().fsdp = 2
+
+
+def test_how_a_run_is_computed_may_change_and_nothing_else():
+  written, computed = to_json(Experiment()), {
+    'mesh.runner': 'pmap', 'attention': 'splash', 'remat': True, 'scan_layers': True,
+    'sft.microbatches': 2, 'ppo.microbatches': 2, 'ppo.slots': 8, 'ppo.gather': False}
+  assert config.changes(written, override(Experiment(), computed)) == []
+  others = override(Experiment(), {
+    'dtype': 'bfloat16', 'ppo.minibatches': 2, 'sft.optimizer.moment_dtype': 'bfloat16'})
+  assert [change.partition(':')[0] for change in config.changes(written, others)] == [
+    'dtype', 'ppo.minibatches', 'sft.optimizer.moment_dtype']
