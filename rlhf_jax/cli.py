@@ -43,7 +43,7 @@ from rlhf_jax.model.heads import LanguageModel, ScalarModel, initial_params
 from rlhf_jax.processes import ProcessesConfig
 from rlhf_jax.stages import ppo, reward, sft
 from rlhf_jax.stages.task import PARTS, Run
-from rlhf_jax.startup import prepare_process
+from rlhf_jax.startup import prepare_process, say_unused_gpu
 
 Stage = Literal['sft', 'reward', 'ppo']
 _STAGES = {'sft': sft, 'reward': reward, 'ppo': ppo}
@@ -156,6 +156,7 @@ def run_stages(experiment, make_task, directory, command=Command()):
   unknown = set(command.stages) - set(_STAGES)
   if unknown:
     raise ConfigError(f'there is no stage {min(unknown)!r}. Choose from: {", ".join(_STAGES)}.')
+  say_unused_gpu()
   directory = pathlib.Path(directory)
   processes.once('run directory', lambda: _open_directory(experiment, directory, command))
   run = prepare(experiment, make_task, directory)

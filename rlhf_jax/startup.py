@@ -1,16 +1,22 @@
-"""What a process does once, before its first computation: where compiled programs are kept, and how memory is."""
+"""What a process does once, before its first computation: where compiled programs are kept, how
+memory is, and whether a GPU that is there is used.
+"""
 
 import ctypes
 import glob
+import importlib.util
 import os
 import pathlib
+import re
 import sys
 
 import jax
 
 from rlhf_jax.errors import ConfigError
 
-_ACCELERATORS = '/dev/nvidia[0-9]*', '/dev/accel[0-9]*', '/dev/vfio/[0-9]*'    # an NVIDIA GPU, a TPU, a newer TPU
+_NVIDIA = '/dev/nvidia[0-9]*'
+_CUDA_12_DRIVER, _CUDA_13_DRIVER = 525, 580  # the oldest of each, on Linux
+_ACCELERATORS = _NVIDIA, '/dev/accel[0-9]*', '/dev/vfio/[0-9]*'  # and TPUs, older and newer
 _MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = -4, -1, -8                            # of <malloc.h>
 
 
@@ -42,6 +48,64 @@ def _keep_compiled_programs():
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path.home() / '.cache' / 'rlhf_jax'))
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+def say_unused_gpu():
+  """Says on stderr why JAX computes on the CPU, where there is an NVIDIA GPU that it may use.
+
+  ConfigError where JAX was told to use it and cannot.
+  """
+  hidden = jax.config.jax_platforms == 'cpu' or os.environ.get('CUDA_VISIBLE_DEVICES') == ''
+  if hidden or not glob.glob(_NVIDIA):
+    return
+  driver, installed = _driver_version(), _cuda_plugins()
+  try:
+    platform = jax.default_backend()
+  except RuntimeError as error:
+    first_line = str(error).splitlines()[0]
+    raise ConfigError(f'{why_unused("cpu", driver, installed)} JAX says: {first_line}') from error
+  said = why_unused(platform, driver, installed)
+  if said:
+    print(said, file=sys.stderr, flush=True)
+
+
+def why_unused(platform, driver, installed):
+  """Why JAX computes on that platform where there is an NVIDIA GPU, and what helps; '' if it is used.
+
+  `driver` is the version of the GPU's driver, '' where it is not known; `installed` has the CUDA
+  versions for which there are JAX packages.
+  """
+  if platform != 'cpu':
+    return ''
+  major = int(driver.partition('.')[0] or _CUDA_13_DRIVER)
+  extra = 'cuda' if major >= _CUDA_13_DRIVER else 'cuda12'
+  seen = f'There is an NVIDIA GPU (driver {driver or "unknown"}), but JAX computes on the CPU'
+  install = f"pip install -e '.[{extra}]'"
+  if major < _CUDA_12_DRIVER:
+    return (f'{seen}: the driver is too old. CUDA 12 needs {_CUDA_12_DRIVER}, CUDA 13 '
+            f'{_CUDA_13_DRIVER}. Update it.')
+  if not installed:
+    return f'{seen}: its CUDA packages are not installed. Run {install}.'
+  if installed == {13} and major < _CUDA_13_DRIVER:
+    return (f'{seen}: the driver is too old for CUDA 13, which needs {_CUDA_13_DRIVER}. Update it, '
+            f'or run pip uninstall jax-cuda13-plugin jax-cuda13-pjrt, then {install}.')
+  return f'{seen}. Run with JAX_PLATFORMS=cuda to see why.'
+
+
+def _driver_version(path='/proc/driver/nvidia/version'):
+  """Version of the NVIDIA driver, as '580.65.06'; '' where the kernel does not say it."""
+  try:
+    text = pathlib.Path(path).read_text()
+  except OSError:
+    return ''
+  found = re.search(r'Module\b.*?\s(\d+\.\d[\d.]*)\s', text)
+  return found.group(1) if found else ''
+
+
+def _cuda_plugins():
+  """The CUDA versions for which JAX packages are installed."""
+  return {version for version in (12, 13)
+          if importlib.util.find_spec(f'jax_cuda{version}_plugin') is not None}
 
 
 def _keep_freed_memory():

@@ -1,8 +1,10 @@
 """What a process sets before it computes: read in a fresh one, and refused where the user has chosen."""
 
 import os
+import pathlib
 import subprocess
 import sys
+import tomllib
 
 import jax
 import pytest
@@ -52,3 +54,67 @@ def test_a_cpu_is_divided_into_devices_before_it_is_used():
   startup.divide_cpu(8)
   with pytest.raises(ConfigError, match=r'3 CPU devices are asked for, but this process has 8.*device_count=3'):
     startup.divide_cpu(3)
+
+
+# ---- a GPU that is not used
+
+PROPRIETARY = """NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023
+GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)
+"""
+OPEN = """NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs@u22)
+GCC version:  gcc version 13.3.0
+"""
+
+
+@pytest.mark.parametrize('text, version', [
+  (PROPRIETARY, '535.104.05'), (OPEN, '580.65.06'), ('NVRM version: none\n', ''), (None, '')])
+def test_the_version_of_a_driver_is_read_from_what_the_kernel_says(tmp_path, text, version):
+  if text is not None:
+    (tmp_path / 'version').write_text(text)
+  assert startup._driver_version(tmp_path / 'version') == version
+
+
+@pytest.mark.parametrize('platform, driver, installed, says, does', [
+  ('cpu', '580.65.06', set(), 'its CUDA packages are not installed', "Run pip install -e '.[cuda]'"),
+  ('cpu', '', set(), '(driver unknown), but JAX computes on the CPU: its CUDA', "'.[cuda]'"),
+  ('cpu', '535.104.05', set(), 'its CUDA packages are not installed', "Run pip install -e '.[cuda12]'"),
+  ('cpu', '535.104.05', {13}, 'too old for CUDA 13, which needs 580',
+   "pip uninstall jax-cuda13-plugin jax-cuda13-pjrt, then pip install -e '.[cuda12]'"),
+  ('cpu', '470.82', {13}, 'the driver is too old. CUDA 12 needs 525, CUDA 13 580', 'Update it'),
+  ('cpu', '535.104.05', {12}, '(driver 535.104.05)', 'Run with JAX_PLATFORMS=cuda to see why'),
+  ('cpu', '580.65.06', {13}, '(driver 580.65.06)', 'Run with JAX_PLATFORMS=cuda to see why'),
+])
+def test_why_a_gpu_is_not_used_and_what_helps(platform, driver, installed, says, does):
+  said = startup.why_unused(platform, driver, installed)
+  assert said.startswith('There is an NVIDIA GPU') and says in said and does in said
+  assert '\n' not in said and startup.why_unused('gpu', driver, installed) == ''
+
+
+def extras():
+  """{extra: what it installs} of the project."""
+  path = pathlib.Path(__file__).parent.parent / 'pyproject.toml'
+  return tomllib.loads(path.read_text())['project']['optional-dependencies']
+
+
+def test_the_extras_that_are_named_are_there():
+  assert extras()['cuda'] == ['jax[cuda13]>=0.10,<0.12']
+  assert extras()['cuda12'] == ['jax[cuda12]>=0.10,<0.12']
+
+
+@pytest.mark.parametrize('devices, platforms, visible, expected', [
+  (['/dev/nvidia0'], None, None, 'There is an NVIDIA GPU (driver '),
+  (['/dev/nvidia0'], 'cpu', None, ''), (['/dev/nvidia0'], None, '', ''), ([], None, None, '')])
+def test_it_is_said_where_a_gpu_is_there_and_may_be_used(
+    devices, platforms, visible, expected, monkeypatch, capsys):
+  monkeypatch.setattr(startup.glob, 'glob', lambda pattern: devices)
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  if visible is not None:
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+  before = jax.config.jax_platforms
+  jax.config.update('jax_platforms', platforms)
+  try:
+    startup.say_unused_gpu()
+  finally:
+    jax.config.update('jax_platforms', before)
+  said = capsys.readouterr().err
+  assert said.startswith(expected) if expected else said == ''
