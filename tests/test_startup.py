@@ -22,6 +22,22 @@ def test_compiled_programs_are_kept_where_the_docs_say(tmp_path):
   assert said == [f'{tmp_path}/.cache/rlhf_jax\n', '/elsewhere\n']
 
 
+@pytest.mark.parametrize('devices, variable, expected', [
+  ([], None, 0.3), (['/dev/nvidia0'], None, 0.0), (['/dev/nvidia0'], '7', 0.0), ([], '0', 0.0)])
+def test_small_programs_are_kept_for_an_accelerator(devices, variable, expected, monkeypatch):
+  before = jax.config.jax_persistent_cache_min_compile_time_secs
+  monkeypatch.delenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', raising=False)
+  if variable is not None:
+    monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', variable)
+  monkeypatch.setattr(startup.glob, 'glob', lambda pattern: devices)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)  # as the variable did
+  try:
+    startup._keep_compiled_programs()
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == expected
+  finally:
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', before)
+
+
 class CountedLibrary:
   """In place of the C library."""
   def __init__(self, calls):
