@@ -21,25 +21,22 @@ counted (Chowdhery et al. 2022, 2204.02311, appendix B; causal attention counted
     6 * tokens * (weights in matrix products) + 12 * tokens * layers * query_heads * head_width * T
 
 The bytes of generation are those that each token has to read: the weights in matrix products and the cache as far as it is
-written. Their ceiling is the speed at which all devices add up a large array; the prefill's time is not taken out.
+written. Their ceiling is the speed at which all devices read a large array; the prefill's time is not taken out.
 
-Absent on purpose: peers (other libraries), reading data, writing checkpoints.
+Absent on purpose: peers (other libraries: `bench_peers.py`), compile times for devices that are not here
+(`bench_compile.py`), reading data, writing checkpoints. Read next: `benchmarks/`, for how time is taken and ceilings are.
 """
 
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import platform
-import statistics
 import sys
-import time
 import types
 import typing
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +44,10 @@ import jaxlib
 import numpy as np
 import rich.console
 import tyro
-from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.benchmarks import ceilings
+from experiments.benchmarks.measuring import Workload, compiled, measure, program_bytes
+from experiments.benchmarks.running import AttentionName, Remat, Scan, changes, chosen
 from rlhf_jax import report
 from rlhf_jax.cli import make_runner, runner_name
 from rlhf_jax.config import Experiment, MeshConfig, PPOConfig, RewardConfig, SFTConfig
@@ -69,8 +68,6 @@ from rlhf_jax.startup import prepare_process
 from rlhf_jax.step import init_state, make_train_step
 
 Name = Literal['sft', 'reward', 'generate', 'ppo', 'queue', 'waves', 'memory', 'rounding']
-_READ_BYTES = 2 ** 28  # of the array that measures the bandwidth of a device: more than its caches hold
-_PRODUCTS = 8  # in the chain that measures the ceiling: enough that starting it does not count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +75,14 @@ class BatchConfig:
   """Sizes of the work. Rows are of the global batch, over all devices."""
   sft_rows: int = 16  # sequences of an SFT update
   reward_pairs: int = 16  # pairs of a reward-model update
-  tokens: int = 256  # of every sequence of SFT and of each response (with its prompt) of the reward model
+  tokens: int = 256  # of every sequence of SFT
+  reward_tokens: int | None = None  # of each response (with its prompt) of the reward model; None: as many as of SFT
   generate_prompts: int = 32  # answered at once
   ppo_prompts: int = 32  # answered and learned from in an iteration
   prompt_tokens: int = 64  # of every prompt
   new_tokens: int = 64  # of every response
+  ppo_prompt_tokens: int | None = None  # of every prompt of a PPO iteration; None: prompt_tokens
+  ppo_new_tokens: int | None = None  # of every response of a PPO iteration; None: new_tokens
   epochs: int = 4  # of a PPO iteration
   minibatches: int = 1  # updates of an epoch
   queue_prompts: int = 512  # answered one after another on the slots of the queue
@@ -93,12 +93,27 @@ class BatchConfig:
   memory_tokens: int = 1024  # of each of them
   memory_vocabulary: int = 131072
 
+  @property
+  def of_reward(self):
+    """Tokens of each response (with its prompt) of the reward model."""
+    return self.tokens if self.reward_tokens is None else self.reward_tokens
+
+  @property
+  def of_ppo(self):
+    """Tokens of a prompt and of a response of a PPO iteration."""
+    prompt = self.prompt_tokens if self.ppo_prompt_tokens is None else self.ppo_prompt_tokens
+    new = self.new_tokens if self.ppo_new_tokens is None else self.ppo_new_tokens
+    return prompt, new
+
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
   """What is measured, on what, and how often."""
   preset: str = 'small'  # model, by name (rlhf_jax.model.config.PRESETS); value and reward model have its size too
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and products
+  attention: AttentionName = 'auto'  # xla: anywhere; cudnn: NVIDIA GPUs, in bfloat16; splash: TPUs
+  remat: Remat = 'auto'  # what the backward pass recomputes: nothing, all but matrix products, whole blocks
+  scan: Scan = 'auto'  # one compiled block for all layers
   mesh: MeshConfig = MeshConfig()
   batch: BatchConfig = BatchConfig()
   repeats: int = 5  # rounds that count, after one that warms up
@@ -115,28 +130,6 @@ class Setting:
   batch: BatchConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """A compiled function, the seconds that compiling it took, and the bytes that it needs on a device (None: unknown)."""
-  call: Callable
-  compile_seconds: float
-  memory_bytes: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-  """`turn(call, state)` does one round of `units` and returns the next state; call(name, *args) runs a program of it.
-
-  The first turn gives `state` away, so a workload is measured once.
-  """
-  title: str
-  unit: str
-  units: int
-  programs: dict[str, Program]
-  turn: Callable[[Callable, Any], Any]
-  state: Any = None
-
-
 # ---- the workloads
 
 def sft(setting):
@@ -150,7 +143,7 @@ def sft(setting):
 
 def reward(setting):
   """Reward-model updates. Unit: pairs, each of two sequences of T tokens."""
-  B, T = setting.batch.reward_pairs, setting.batch.tokens
+  B, T = setting.batch.reward_pairs, setting.batch.of_reward
   batch = Comparisons(tokens_BCT=_tokens(setting, B, 2, T), valid_BCT=np.ones((B, 2, T), bool),
                       rank_BC=np.tile(np.arange(2, dtype=np.int32), (B, 1)))
   return _updates(setting, setting.scalar, ranking(setting.scalar), batch, RewardConfig().optimizer,
@@ -160,8 +153,8 @@ def reward(setting):
 def generation(setting):
   """Answers to prompts. Unit: new tokens, B * R."""
   B, P, R = setting.batch.generate_prompts, setting.batch.prompt_tokens, setting.batch.new_tokens
-  params, prompts, key = _params(setting, setting.policy), _prompts(setting, B), jax.random.key(1)
-  program = compiled(_answering(setting), params, prompts, key)
+  params, prompts, key = _params(setting, setting.policy), _prompts(setting, B, P), jax.random.key(1)
+  program = compiled(_answering(setting, R), params, prompts, key)
 
   def turn(call, state):
     call('generate', params, prompts, key)
@@ -172,14 +165,14 @@ def generation(setting):
 def ppo_iteration(setting):
   """Whole PPO iterations with a policy, value, reference and reward model of one size. Unit: prompts."""
   sizes, runner = setting.batch, setting.runner
-  B, P, R = sizes.ppo_prompts, sizes.prompt_tokens, sizes.new_tokens
+  B, (P, R) = sizes.ppo_prompts, sizes.of_ppo
   config = PPOConfig(batch_size=B, epochs=sizes.epochs, minibatches=sizes.minibatches)
   optimizer = _constant(config.optimizer)
   programs = _ppo_programs(setting, config, optimizer)
   params = {'policy': _params(setting, setting.policy), 'value': _params(setting, setting.scalar, 1)}
   frozen = {'reference': runner.copy(params['policy']), 'reward': _params(setting, setting.scalar, 2)}
   state = runner.place(init_state(params, optimizer), 'params')
-  prompts, keys = _prompts(setting, B), jax.random.split(jax.random.key(1))
+  prompts, keys = _prompts(setting, B, P), jax.random.split(jax.random.key(1))
   scoring = jnp.float32(config.kl_weight), {'score_B': np.zeros(B, np.float32)}
 
   answer = compiled(programs.answer, state.params['policy'], prompts, keys[0])
@@ -209,19 +202,6 @@ def waves(setting):
 WORKLOADS = {'sft': sft, 'reward': reward, 'generate': generation, 'ppo': ppo_iteration, 'queue': queue, 'waves': waves}
 
 
-def compiled(fn, *args):
-  """The Program that `Runner.compile` gave as fn, compiled for these arguments."""
-  began = time.perf_counter()
-  executable = fn.lower(*args).compile()
-  return Program(fn, time.perf_counter() - began, _bytes(executable))
-
-
-def _bytes(executable):
-  memory = executable.memory_analysis()
-  return memory and (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-                     - memory.alias_size_in_bytes)
-
-
 def _updates(setting, model, loss_fn, batch, optimizer_config, *, title, unit, units):
   """The workload of one train step after another on the same batch."""
   runner, optimizer, key = setting.runner, _constant(optimizer_config), jax.random.key(1)
@@ -243,7 +223,7 @@ def _uneven(setting, name, at_once):
   answer = runner.compile(functools.partial(generate, setting.policy, slots=slots,
                                             sampling=Sampling(new_tokens=R, end_tokens=ends)),
                           inputs=('params', 'batch', 'same'), outputs='batch')
-  params, key, whole = _params(setting, setting.policy), jax.random.key(1), _prompts(setting, N)
+  params, key, whole = _params(setting, setting.policy), jax.random.key(1), _prompts(setting, N, P)
   pieces = [runner.place(jax.tree.map(lambda x, i=i: x[i:i + at_once], whole), 'batch') for i in range(0, N, at_once)]
   program = compiled(answer, params, pieces[0], key)
   tokens = sum(int(program.call(params, piece, key).mask_BR.sum()) for piece in pieces)
@@ -261,11 +241,11 @@ def _ppo_programs(setting, config, optimizer):
   no_chat = types.SimpleNamespace(end_tokens=(0,), pad_token=0)
   run = Run(Experiment(ppo=config), None, no_chat, setting.runner, None, setting.policy,
             setting.scalar)
-  return dataclasses.replace(ppo.compile_programs(run, optimizer), answer=_answering(setting))
+  return dataclasses.replace(ppo.compile_programs(run, optimizer), answer=_answering(setting, setting.batch.of_ppo[1]))
 
 
-def _answering(setting):
-  sampling = Sampling(new_tokens=setting.batch.new_tokens, end_tokens=())
+def _answering(setting, R):
+  sampling = Sampling(new_tokens=R, end_tokens=())
   return setting.runner.compile(functools.partial(generate, setting.policy, sampling=sampling),
                                 inputs=('params', 'batch', 'same'), outputs='batch')
 
@@ -282,66 +262,12 @@ def _tokens(setting, *shape):
   return np.random.default_rng(0).integers(0, setting.policy.config.vocab_size, shape, dtype=np.int32)
 
 
-def _prompts(setting, B):
-  P = setting.batch.prompt_tokens
+def _prompts(setting, B, P):
   prompts = Prompts(tokens_BP=_tokens(setting, B, P), valid_BP=np.ones((B, P), bool), sample_B=np.arange(B, dtype=np.int32))
   return setting.runner.place(prompts, 'batch')
 
 
-# ---- measuring
-
-def measure(workload, repeats):
-  """What the results say of a workload: seconds and units per second of a round, and of each program its part."""
-  state, rounds = workload.state, []
-  for _ in range(1 + repeats):                                                    # the first warms up
-    seconds = {}
-    state = workload.turn(functools.partial(_timed, workload.programs, seconds), state)
-    rounds.append(seconds)
-  totals = [sum(seconds.values()) for seconds in rounds[1:]]
-  parts = {name: {'seconds': spread(seconds[name] for seconds in rounds[1:]), 'compile_seconds': program.compile_seconds,
-                  'memory_bytes': program.memory_bytes} for name, program in workload.programs.items()}
-  return {'title': workload.title, 'unit': workload.unit, 'units': workload.units, 'seconds': spread(totals),
-          'units_per_second': spread(workload.units / total for total in totals), 'parts': parts}
-
-
-def _timed(programs, seconds, name, *args):
-  """The program's result, its seconds added to those of that name."""
-  began = time.perf_counter()
-  result = jax.block_until_ready(programs[name].call(*args))
-  seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
-  return result
-
-
-def spread(numbers):
-  """{'median', 'min', 'max'} of numbers."""
-  numbers = list(numbers)
-  return {'median': statistics.median(numbers), 'min': min(numbers), 'max': max(numbers)}
-
-
-def ceiling(setting, repeats):
-  """GFLOP/s of a chain of square matrix products, each device its own rows, in the compute dtype."""
-  config, mesh = setting.policy.config, setting.runner.mesh
-  rows = setting.batch.sft_rows * setting.batch.tokens / mesh.size
-  side = 128 * max(1, round(math.cbrt(rows * config.width * config.feedforward_width) / 128))
-  make = lambda count, spec: jax.device_put(np.random.default_rng(0).normal(0, side ** -0.5, (count, side)).astype(
-    config.dtype), NamedSharding(mesh, spec))
-  x, weight = make(side * mesh.size, PartitionSpec(mesh.axis_names)), make(side, PartitionSpec())
-  chain = jax.jit(lambda x, weight: functools.reduce(lambda y, _: y @ weight, range(_PRODUCTS), x))
-  workload = Workload('matrix product', 'GFLOP', _PRODUCTS * 2 * mesh.size * side ** 3 / 1e9,
-                      {'product': compiled(chain, x, weight)}, lambda call, state: call('product', x, weight))
-  return {'side': side, 'gflops': measure(workload, repeats)['units_per_second']}
-
-
-def bandwidth(setting, repeats):
-  """GB/s at which the devices together add up arrays of _READ_BYTES each."""
-  mesh = setting.runner.mesh
-  sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-  x = jax.jit(lambda: jnp.ones((mesh.size, _READ_BYTES // 4)), out_shardings=sharding)()
-  total = jax.jit(lambda x: x.sum(1))
-  workload = Workload('reading', 'GB', mesh.size * _READ_BYTES / 1e9, {'sum': compiled(total, x)},
-                      lambda call, state: call('sum', x))
-  return measure(workload, repeats)['units_per_second']
-
+# ---- what else is measured
 
 def memory(setting):
   """{'in chunks', 'at once'}: bytes of an SFT step of a large vocabulary on one device, where logits exist a chunk of tokens
@@ -354,7 +280,7 @@ def memory(setting):
     model, optimizer = LanguageModel(dataclasses.replace(config, tokens_per_chunk=chunk)), _constant(SFTConfig().optimizer)
     state = jax.eval_shape(lambda key, m=model, o=optimizer: init_state(initial_params(m, key), o), jax.random.key(0))
     step = jax.jit(make_train_step(cross_entropy(model), optimizer), donate_argnums=0)
-    found[name] = _bytes(step.lower(state, batch, jax.random.key(0)).compile())
+    found[name] = program_bytes(step.lower(state, batch, jax.random.key(0)).compile())
   return found
 
 
@@ -411,12 +337,13 @@ def _resident_peak():
 
 def run(bench):
   """All numbers, as plain JSON values; raises ConfigError or ShardingError before anything is measured."""
-  config = preset(bench.preset, dtype=bench.dtype)
+  config = preset(bench.preset, dtype=bench.dtype,
+                  **changes(bench.attention, bench.remat, bench.scan))
   policy, scalar = LanguageModel(config), ScalarModel(config)
   runner = make_runner(bench.mesh, models=(policy, scalar))
   setting = Setting(runner, policy, scalar, bench.batch)
   check(bench, setting)
-  top, sizes = ceiling(setting, bench.repeats), bench.batch
+  top, sizes = ceilings.products(setting, bench.repeats), bench.batch
   results = describe(bench, setting) | {'ceiling': top, 'workloads': {}}
   for name in bench.only:
     print(f'{name} ...', file=sys.stderr, flush=True)
@@ -425,7 +352,7 @@ def run(bench):
     else:
       results['workloads'][name] = measure(WORKLOADS[name](setting), bench.repeats)
   results['peak_memory'] = peak_memory(setting.runner.mesh)
-  top['gigabytes'] = bandwidth(setting, bench.repeats)                           # which holds a large array
+  top |= ceilings.reading(setting.runner.mesh, bench.repeats)                    # which holds a large array
   if 'sft' in bench.only:
     found = results['workloads']['sft']
     found['gflops'] = sft_flops(config, sizes.sft_rows, sizes.tokens) / found['seconds']['median'] / 1e9
@@ -444,7 +371,7 @@ def check(bench, setting):
     raise ConfigError(f'--only names no workload, so nothing is measured. Name some of: {", ".join(typing.get_args(Name))}.')
   counts = {f'batch.{name}': count for name, count in dataclasses.asdict(bench.batch).items()}
   for name, count in ({'repeats': bench.repeats} | counts).items():
-    if count < 1:
+    if count is not None and count < 1:
       raise ConfigError(f'{_flag(name)} is {count}. It must be at least 1.')
   sizes, parts = bench.batch, setting.runner.batch_parts
   for name, field, divisor in (('sft', 'sft_rows', parts), ('reward', 'reward_pairs', parts),
@@ -458,12 +385,12 @@ def check(bench, setting):
                         f'multiple of {divisor}.')
   if 'sft' in bench.only and sizes.tokens < 2:
     raise ConfigError('--batch.tokens is 1: a single token has none before it to be predicted from. Pass 2 or more.')
-  if {'sft', 'reward'} & set(bench.only):
-    check_length(setting.policy.config, sizes.tokens)
-  if {'generate', 'ppo'} & set(bench.only):
-    check_length(setting.policy.config, sizes.prompt_tokens + sizes.new_tokens)
-  if {'queue', 'waves'} & set(bench.only):
-    check_length(setting.policy.config, sizes.prompt_tokens + sizes.queue_new_tokens)
+  queued = sizes.prompt_tokens + sizes.queue_new_tokens
+  lengths = {'sft': sizes.tokens, 'reward': sizes.of_reward, 'ppo': sum(sizes.of_ppo),
+             'generate': sizes.prompt_tokens + sizes.new_tokens, 'queue': queued, 'waves': queued}
+  for name in bench.only:
+    if name in lengths:
+      check_length(setting.policy.config, lengths[name])
   setting.runner.abstract(functools.partial(initial_params, setting.policy), jax.random.key(0))
   if bench.json:
     _write(bench.json, '', 'a')                                                  # minutes of measuring are not to be lost
@@ -484,6 +411,7 @@ def describe(bench, setting):
     'machine': {'platform': device.platform, 'device_kind': device.device_kind, 'devices': mesh.size, 'cores': cores},
     'model': {'preset': bench.preset, 'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
               **dataclasses.asdict(config)},
+    'running': chosen(config),
     'mesh': {'runner': runner_name(bench.mesh, jax.devices()), **dict(mesh.shape)},
     'batch': dataclasses.asdict(bench.batch), 'repeats': bench.repeats}
 
@@ -498,7 +426,8 @@ def show(results, console=None):
   model, machine, peaks = results['model'], results['machine'], results['peak_memory']
   square = f'matrix product, {results["ceiling"]["side"]} square'
   rows = {square: {_OF: f'{_span(results["ceiling"]["gflops"])} GFLOP/s'},
-          'reading memory': {_OF: f'{_span(results["ceiling"]["gigabytes"])} GB/s'}}
+          f'reading memory, {results["ceiling"]["form"]}': {
+            _OF: f'{_span(results["ceiling"]["gigabytes"])} GB/s'}}
   for found in results['workloads'].values():
     rows |= _rows(found)
   for name, size in results.get('memory', {}).items():
@@ -508,10 +437,11 @@ def show(results, console=None):
   console = console or rich.console.Console()
   console = console if console.width >= 144 else rich.console.Console(file=console.file, width=144)
   mesh = ' x '.join(f'{axis} {size}' for axis, size in results['mesh'].items() if axis != 'runner')
+  runs = ', '.join(f'{name} {choice}' for name, choice in results['running'].items())
   report.print_table(
     {column: {row: values.get(column) for row, values in rows.items()} for column in columns},
     f'{model["preset"]} ({model["parameters"] / 1e6:.3g} M parameters, {model["dtype"]}) on {machine["device_kind"]}, '
-    f'{machine["cores"]} cores, {results["mesh"]["runner"]} ({mesh}), jax {results["versions"]["jax"]}; '
+    f'{machine["cores"]} cores, {results["mesh"]["runner"]} ({mesh}), jax {results["versions"]["jax"]}; {runs}; '
     f'median (least to most) of {results["repeats"]}', console)
   known = {'process': peaks['process_bytes'], 'fullest device': peaks['device_bytes']}
   if 'rounding' in results:

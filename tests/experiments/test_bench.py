@@ -1,5 +1,6 @@
 """The benchmark: that the work it counts is the work that is done, that its numbers belong together, and its errors."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -11,6 +12,7 @@ import pytest
 import tiny
 
 from experiments import bench
+from experiments.benchmarks import ceilings, measuring, running
 from rlhf_jax import runners
 from rlhf_jax.losses.language import cross_entropy
 from rlhf_jax.model.config import PRESETS, preset
@@ -86,8 +88,8 @@ def test_a_ppo_turn_answers_scores_and_does_all_epochs_and_minibatches():
 
 def test_the_round_that_warms_up_does_not_count(monkeypatch):
   clock = iter([0, 100, 100, 103, 103, 104, 104, 106])                          # four rounds: 100 s, 3 s, 1 s, 2 s
-  monkeypatch.setattr(bench.time, 'perf_counter', lambda: next(clock))
-  program = bench.Program(lambda x: x + 1, 0.5, 7)
+  monkeypatch.setattr(measuring.time, 'perf_counter', lambda: next(clock))
+  program = measuring.Program(lambda x: x + 1, 0.5, 7)
   found = bench.measure(bench.Workload('count', 'laps', 6, {'lap': program}, lambda call, n: call('lap', n), 0), 3)
   assert found['seconds'] == {'median': 2, 'min': 1, 'max': 3}
   assert found['units_per_second'] == {'median': 3, 'min': 2, 'max': 6}
@@ -115,6 +117,63 @@ def test_bytes_are_those_of_weights_and_of_the_cache_so_far():
   weights, cache = 4 * block + 256 * 4096, 2 * 4 * 4 * 64 * 3 * (10 + 11)        # two tokens of 3 sequences after 10
   assert bench.decode_bytes(preset('small'), 3, 10, 2) == 4 * (2 * weights + cache)
   assert bench.decode_bytes(preset('small', dtype='bfloat16'), 3, 10, 2) == 2 * (2 * weights + cache)
+
+
+def test_lengths_of_reward_and_ppo_are_their_own():
+  own = dataclasses.replace(SIZES, reward_tokens=7, ppo_prompt_tokens=3, ppo_new_tokens=4)
+  setting = bench.Setting(runners.single(), *tiny.models('llama'), own)
+  reward, ppo = (bench.WORKLOADS[name](setting) for name in ('reward', 'ppo'))
+  assert reward.title == 'reward 8 pairs x 7'
+  assert ppo.title.startswith('PPO 8 x (3 + 4)')
+  done = {}
+  def call(program, *args):
+    done[program] = ppo.programs[program].call(*args)
+    return done[program]
+  ppo.turn(call, ppo.state)
+  assert done['generate'].tokens_BT.shape == (8, 7) and done['generate'].mask_BR.shape == (8, 4)
+
+
+# ---- ceilings
+
+@pytest.fixture
+def two_devices():
+  return jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ('data',))
+
+
+def test_every_form_of_reading_counts_the_bytes_of_all_passes(two_devices):
+  forms = {form: make() for form, make in ceilings._accelerator_forms(two_devices, 2 ** 16, 3).items()}
+  assert {form: workload.units for form, workload in forms.items()} == {
+    'sums of 1024': 2 * 3 * 65536 / 1e9, 'sums of 16384': 2 * 3 * 65536 / 1e9,
+    'in place': 2 * 2 * 3 * 65536 / 1e9}                         # it also writes
+
+
+def test_every_pass_of_row_sums_reads_the_array():
+  """Of ones, each pass multiplies by the length of a row, so none can be left out of the loop."""
+  x, carry_N = jnp.ones((4, 8)), jnp.ones(4)
+  np.testing.assert_array_equal(ceilings.row_sums(x, carry_N, 3), np.full(4, 8.0 ** 3))
+
+
+def test_signs_change_in_place():
+  x = jnp.ones(1024)
+  fn = jax.jit(ceilings.negated, static_argnums=1, donate_argnums=0)
+  assert measuring.compiled(fn, x, 3).memory_bytes < 2 * x.nbytes
+  np.testing.assert_array_equal(fn(x, 3), -np.ones(1024))
+
+
+def test_the_fastest_form_is_the_ceiling(two_devices):
+  found = ceilings.reading(two_devices, 1)
+  assert found['form'] == 'sum' and found['gigabytes']['min'] > 0
+
+
+# ---- how the model runs
+
+def test_flags_become_fields_and_auto_leaves_them_alone():
+  assert running.changes() == {}
+  fields = running.changes('splash', 'block', 'yes')
+  config = preset('nano', **fields)
+  assert running.chosen(config) == {'attention': 'splash', 'remat': 'block', 'scan': 'yes'}
+  config = preset('nano', **running.changes('xla', 'none', 'no'))
+  assert running.chosen(config) == {'attention': 'xla', 'remat': 'none', 'scan': 'no'}
 
 
 def test_chunks_of_logits_take_under_a_third_of_the_memory(capsys):
@@ -146,7 +205,8 @@ def test_a_run_from_the_command_line(runner, only, tmp_path, capsys, monkeypatch
   monkeypatch.setitem(PRESETS, 'nano', preset('nano', layers=1))                 # half the time to compile
   mesh = {'single': {'data': 1}, 'sharded': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'pmap': {'data': 8}}[runner]
   flags = [word for axis in ('fsdp', 'tensor') if axis in mesh for word in (f'--mesh.{axis}', '2')]
-  results = bench.main([*FLAGS, '--repeats', '2', '--mesh.runner', runner, *flags, '--only', *only,
+  runs = ('--remat', 'block', '--scan', 'yes', '--mesh.runner', runner)
+  results = bench.main([*FLAGS, '--repeats', '2', *runs, *flags, '--only', *only,
                         '--json', str(tmp_path / 'bench.json')])
   assert json.loads((tmp_path / 'bench.json').read_text()) == results
   check_context(results, runner, mesh)
@@ -156,13 +216,14 @@ def test_a_run_from_the_command_line(runner, only, tmp_path, capsys, monkeypatch
 
 def check_context(results, runner, mesh):
   assert [name for name in results if name not in FACTS] == [
-    'versions', 'machine', 'model', 'mesh', 'batch', 'repeats', 'ceiling', 'workloads', 'peak_memory']
+    'versions', 'machine', 'model', 'running', 'mesh', 'batch', 'repeats', 'ceiling', 'workloads', 'peak_memory']
   assert set(results['versions']) == {'python', 'jax', 'jaxlib'} and results['versions']['jax'] == jax.__version__
   assert results['mesh'] == {'runner': runner, **mesh}
   assert set(results['machine']) == {'platform', 'device_kind', 'devices', 'cores'} and results['machine']['cores'] > 0
   assert results['machine']['devices'] == math.prod(mesh.values())
   assert (results['model']['preset'], results['model']['dtype'], results['repeats']) == ('nano', 'float32', 2)
   assert results['batch'] == vars(SIZES)
+  assert (results['running']['remat'], results['running']['scan']) == ('block', 'yes')
   assert results['peak_memory']['process_bytes'] > 2 ** 26
 
 
@@ -181,7 +242,7 @@ def check_numbers(results, only):
     assert sum(part['seconds']['median'] for part in found['parts'].values()) == pytest.approx(seconds['median'])
   top, found = results['ceiling'], results['workloads'].get('sft')
   assert top['gflops']['min'] > 0 and top['side'] % 128 == 0
-  assert top['gigabytes']['min'] > 0
+  assert top['gigabytes']['min'] > 0 and top['form'] == 'sum'
   written = results['workloads'].get('generate')
   if written:
     moved = bench.decode_bytes(preset('nano'), 4, 5, 6)
@@ -194,6 +255,7 @@ def check_numbers(results, only):
 def check_table(results, only, said):
   titles = {'sft': 'SFT 8 x 12', 'reward': 'reward 8 pairs x 12', 'generate': 'generate 4 x (5 + 6)',
             'ppo': 'PPO 8 x (5 + 6)', 'queue': 'queue 24 x (5 + up to 9) on 8', 'waves': 'waves 24 x (5 + up to 9) on 8'}
+  assert 'remat block, scan yes' in ' '.join(said.split())
   assert 'nano' in said and 'peak memory: process' in said and ('  score' in said) == ('ppo' in only)
   for name, found in results['workloads'].items():
     median = found['units_per_second']['median']
@@ -213,6 +275,9 @@ def check_table(results, only, said):
   (('--mesh.runner', 'sharded', '--mesh.fsdp', '3'), 'ShardingError: a mesh of data=2 x fsdp=3'),
   (('--mesh.runner', 'sharded', '--mesh.tensor', '4', '--only', 'sft'), 'ShardingError: '),      # nano has 2 kv heads
   (('--batch.new-tokens', '0'), '--batch.new-tokens is 0. It must be at least 1.'),
+  (('--only', 'reward', '--batch.reward-tokens', '513'), 'sequences of 513 tokens'),
+  (('--only', 'ppo', '--batch.ppo-new-tokens', '0'), '--batch.ppo-new-tokens is 0. It must be'),
+  (('--only', 'ppo', '--batch.ppo-prompt-tokens', '510'), 'sequences of 516 tokens'),
   (('--repeats', '0'), '--repeats is 0. It must be at least 1.'),
   (('--only', 'waves', '--batch.slots', '7'), '--batch.queue-prompts is 24, which does not divide over waves of 7'),
   (('--only', 'queue', '--batch.queue-new-tokens', '510'), 'sequences of 515 tokens'),
