@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experiments import bench, bench_peers
+from experiments.peers import by_hand, in_turns
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.errors import ConfigError
 from rlhf_jax.model import forward
@@ -28,7 +29,7 @@ def uncompiled(monkeypatch):
 
 def ours_in_torch(params):
   """The hand-written model with our parameters."""
-  model = bench_peers.Model(CONFIG, CONFIG.vocab_size)
+  model = by_hand.Model(CONFIG, CONFIG.vocab_size)
   flat = lambda x, inputs: torch.tensor(np.asarray(x)).reshape(inputs, -1).T
   names = {'attention_norm_LD': 'before.weight', 'feedforward_norm_LD': 'between.weight', 'q_LDNH': 'attention.query.weight',
            'k_LDKH': 'attention.key.weight', 'v_LDKH': 'attention.value.weight', 'o_LNHD': 'attention.out.weight',
@@ -56,7 +57,7 @@ def test_the_model_by_hand_is_ours():
 
 def test_the_cache_by_hand_continues_what_the_whole_model_says():
   """Each token that was drawn is likely, and the last step sees the whole sequence: greedy steps agree with one pass."""
-  side = bench_peers.Torch(CONFIG, BATCH)
+  side = by_hand.Torch(CONFIG, BATCH)
   side._step = lambda tokens, place, caches, mask: side.policy.head(
     side.policy.backbone(tokens, place, caches, mask)[:, -1]).argmax(-1, keepdim=True)
   side.step = side._step
@@ -68,19 +69,19 @@ def test_the_cache_by_hand_continues_what_the_whole_model_says():
 
 def test_all_sides_do_all_rounds(monkeypatch):
   monkeypatch.setenv('TORCH_COMPILE_DISABLE', '1')                              # in the processes of the sides
-  found = bench_peers.compare(CONFIG, dataclasses.replace(BATCH, generate_prompts=4), TWO_CORES, ('generate',), 1)
+  found = in_turns.compare(CONFIG, dataclasses.replace(BATCH, generate_prompts=4), TWO_CORES, ('generate',), 1)
   assert {name: set(seconds) for name, seconds in found.items()} == {'generate': {'rlhf_jax', 'PyTorch', 'transformers'}}
   assert all(seconds > 0 for times in found.values() for seconds in times.values())
 
 
 def test_prompts_that_do_not_divide_over_the_devices_are_named():
-  side = bench_peers.Ours(CONFIG, BATCH, MeshConfig(runner='pmap'))
+  side = in_turns.Ours(CONFIG, BATCH, MeshConfig(runner='pmap'))
   with pytest.raises(ConfigError, match=r'--batch\.generate-prompts is 3, which does not divide over 8 parts of the mesh'):
     side.generate()
 
 
 def test_a_ppo_round_moves_policy_and_value_and_nothing_else():
-  side = bench_peers.Torch(CONFIG, BATCH)
+  side = by_hand.Torch(CONFIG, BATCH)
   before = {name: getattr(side, name).head.weight.clone() for name in ('policy', 'value', 'reference', 'judge')}
   side.ppo()
   moved = {name for name, weight in before.items() if not torch.equal(weight, getattr(side, name).head.weight)}
@@ -90,4 +91,4 @@ def test_a_ppo_round_moves_policy_and_value_and_nothing_else():
 def test_what_cannot_be_compared(capsys):
   with pytest.raises(SystemExit):
     bench_peers.main(['--preset', 'gpt2'])
-  assert '--preset gpt2 is of the family gpt2; the peers are written for llama' in capsys.readouterr().err
+  assert '--preset gpt2 is of the family gpt2; on CPUs the peers are written for llama. Take' in capsys.readouterr().err
