@@ -123,8 +123,8 @@ def show(results):
   columns = {name: {row: f'{each["seconds_of"][name]:.1f}' for row, each in rows.items()}
              for name in ('trace', 'lower', 'compile')}
   columns['seconds'] = {row: f'{each["seconds"]:.1f}' for row, each in rows.items()}
-  columns['temporaries, GiB'] = {row: _gib(each['temporary_bytes']) for row, each in rows.items()}
-  columns['kernels written'] = {
+  columns['temporary GiB'] = {row: _gib(each['temporary_bytes']) for row, each in rows.items()}
+  columns['kernels'] = {
     row: str(sum(sum(part['kernels'].values()) for part in each['parts']))
     for row, each in rows.items()}
   for name in ('trace', 'lower', 'compile'):

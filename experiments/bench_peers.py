@@ -135,6 +135,8 @@ def on_gpu(asked, device='gpu', dtype='bfloat16'):
 
   print(f'{dtype}, one side after another on one device; {_versions()}', flush=True)
   sides.compare(works(asked, device, dtype), asked.limit_s, asked.budget_s, say)
+  devices = sorted({row.found['device'] for row in rows if 'device' in row.found})
+  print(f'on {", ".join(devices) or "no device: nothing was measured"}', flush=True)
   for text in ratios(rows):
     print(text, flush=True)
   found = head | {'finished': True, 'results': [each.to_json() for each in rows]}

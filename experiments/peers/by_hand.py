@@ -193,5 +193,3 @@ class Transformers:
     return self.model.generate(self.prompts, attention_mask=torch.ones_like(self.prompts), do_sample=True, top_k=0,
                                max_new_tokens=self.batch.new_tokens, min_new_tokens=self.batch.new_tokens,
                                cache_implementation='static')
-
-

@@ -69,7 +69,8 @@ def _environment(work, folder):
   own = {'TORCHINDUCTOR_CACHE_DIR': str(folder / 'inductor'),
          'TRITON_CACHE_DIR': str(folder / 'triton'),
          'HF_HUB_OFFLINE': '1'}
-  if work.device == 'cpu':
+  # JAX counts FLOPs in PyTorch's process too, where it must not take the GPU's memory.
+  if work.device == 'cpu' or work.side != 'rlhf_jax':
     own['JAX_PLATFORMS'] = 'cpu'
   # JAX's share of the GPU, taken at once: by default three quarters.
   shared = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92'}

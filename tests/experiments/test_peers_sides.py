@@ -1,5 +1,6 @@
 """Sides in processes of their own: their limits, what is said of one that fails, and the whole."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -90,6 +91,14 @@ def test_caches_of_a_side_are_its_own_and_what_the_user_set_stays(tmp_path, monk
   assert environment['XLA_PYTHON_CLIENT_MEM_FRACTION'] == '0.5'
   monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION')
   assert sides._environment(a_work(), tmp_path)['XLA_PYTHON_CLIENT_MEM_FRACTION'] == '0.92'
+
+
+def test_jax_takes_the_gpu_in_our_process_alone(tmp_path, monkeypatch):
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  of = lambda who, device: sides._environment(
+    dataclasses.replace(a_work(who=who), device=device), tmp_path).get('JAX_PLATFORMS')
+  assert of('rlhf_jax', 'gpu') is None
+  assert {of('PyTorch', 'gpu'), of('transformers', 'gpu'), of('rlhf_jax', 'cpu')} == {'cpu'}
 
 
 # ---- rounds within the limit
