@@ -59,7 +59,7 @@ class Command:
   run_dir: str = ''  # where everything is written; empty: runs/NAME
   restart: bool = False  # delete what an earlier run left in the run directory
   export: bool = True  # write the finished models as Hugging Face directories
-  plan: str = ''  # run nothing: compile for these devices, e.g. v5p:4x4x4 or cpu:8, and say whether all fits, and how fast
+  plan: str = ''  # run nothing: compile for v5p:4x4x4, h100:8x4 or cpu:8, say whether all fits, and how fast
   json: bool = False  # the plan as JSON
   sized_for: str = ''  # take what the experiment sets for these devices, as --plan does; other flags take precedence
   compile_ahead: bool | None = None  # compile later programs beside the run; None: on accelerators, where cores are idle

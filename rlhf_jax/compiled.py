@@ -2,12 +2,14 @@
 
 Products are counted in the traced program (`flops`): two operations for each multiplication and addition of every
 `dot_general`, for the whole batch on all chips, loops included; nothing else is counted. An attention kernel counts the
-blocks that it computes, with the half of those on the diagonal that is masked. What a backward pass computes a second time
-is counted apart, also inside such a kernel, which keeps no scores.
+blocks that it computes, with the half of those on the diagonal that is masked. cuDNN's does not tell which those are: it is
+taken to have blocks of 128. What a backward pass computes a second time is counted apart, also inside such a kernel,
+which keeps no scores.
 
 Bytes are read off the compiled program (`traffic`), which is that of one chip. Every instruction reads its operands and
 writes its result once; a slice counts as itself, not as what it is cut from, and what the compiler keeps on the chip
-(a memory space other than HBM) as nothing. A collective is charged what one chip sends in a ring.
+(a memory space other than HBM) as nothing. What a library is lent to work in is not counted. A collective is charged what
+one chip sends in a ring, of which a part goes to other hosts where the ring has chips of several (`_leaving`).
 
 Loops multiply what is in them by the count that the program knows, or else by what the caller says in `trips`: how often
 loops run whose count only the data decides, those inside others further right.
@@ -19,8 +21,11 @@ import math
 import re
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+_CUDNN_BLOCK = 128  # queries, and keys, that an attention kernel of cuDNN takes at a time
+_WORKSPACES = '__cublas', '__cudnn', '__cub'  # libraries whose last result is what they work in
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
 
@@ -42,6 +47,8 @@ def _operations(equation, trips):
     (contracted, _), _ = params['dimension_numbers']
     left = equation.invars[0].aval.shape
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted), 0.0
+  if name in ('dot_product_attention_fwd_wrapper', 'dot_product_attention_bwd_wrapper'):
+    return _cudnn(equation)
   if name == 'while':
     times, inner = (trips[0], trips[1:]) if trips else (1, ())
     return _times(times, flops(params['body_jaxpr'].jaxpr, inner))
@@ -95,6 +102,26 @@ def _again(kernel):
   return {3: 2 / 3, 4: 1 / 4, 5: 1 / 5}.get(_products(kernel.params['jaxpr']), 0.0)
 
 
+def _cudnn(attention):
+  """Of cuDNN's attention: 2 products forward, and 5 backward, of which the scores are made again."""
+  query, key = (x.aval.shape for x in attention.invars[:2])
+  length = 2 if attention.params['layout'] else 1                   # [B, N, T, H] or [B, T, N, H]
+  causal = 'CAUSAL' in str(attention.params['mask_type'])
+  seen = _computed(query[length], key[length], causal, attention.params['sliding_window_length'])
+  one = 2.0 * math.prod(query) / query[length] * seen
+  return (5 * one, one) if 'bwd' in attention.primitive.name else (2 * one, 0.0)
+
+
+def _computed(T, S, causal, window):
+  """How many scores of a head are computed: those of all blocks of which some are seen."""
+  queries = np.arange(-(-T // _CUDNN_BLOCK)) * _CUDNN_BLOCK
+  height = np.minimum(T - queries, _CUDNN_BLOCK)
+  last = np.minimum(queries + height + S - T, S) if causal else np.full_like(queries, S)
+  first = np.maximum(queries + S - T - window + 1, 0) if window else np.zeros_like(queries)
+  upper = np.minimum(-(-last // _CUDNN_BLOCK) * _CUDNN_BLOCK, S)
+  return int(np.sum(height * (upper - first // _CUDNN_BLOCK * _CUDNN_BLOCK)))
+
+
 def _products(jaxpr):
   return sum((equation.primitive.name == 'dot_general') + sum(map(_products, jaxprs_in_params(equation.params)))
              for equation in jaxpr.eqns)
@@ -104,8 +131,12 @@ def _products(jaxpr):
 
 @dataclasses.dataclass
 class Traffic:
-  """Bytes that one chip moves: from and to its HBM, and to other chips, by collective."""
+  """Bytes that one chip moves: from and to its HBM, and to other chips, by collective.
+
+  `network` of those that it sends go to other hosts.
+  """
   hbm: float = 0.0
+  network: float = 0.0
   sent: dict = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
   count: dict = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
@@ -175,10 +206,13 @@ def _width(dtype):
   return int(bits.group()) / 8 if bits else 1
 
 
-def traffic(text, trips=()):
-  """The Traffic of a compiled program, from its HLO text."""
+def traffic(text, trips=(), hosts=()):
+  """The Traffic of a compiled program, from its HLO text.
+
+  `hosts` has the host of every chip; it is empty where the way to other hosts is that to all chips.
+  """
   computations, entry = read(text)
-  return _walked(computations, entry, 1.0, tuple(trips))
+  return _walked(computations, entry, 1.0, tuple(trips), tuple(hosts))
 
 
 def _walked(*what):
@@ -189,32 +223,35 @@ def _walked(*what):
 
 def _add(found, more):
   found.hbm += more.hbm
+  found.network += more.network
   for kind in more.sent:
     found.sent[kind] += more.sent[kind]
     found.count[kind] += more.count[kind]
 
 
-def _walk(computations, name, times, trips, found):
+def _walk(computations, name, times, trips, hosts, found):
   """Adds what a computation moves that runs so many times."""
   own, sent = {each.name: each for each in computations[name]}, set()
   for each in computations[name]:
     if each.op == 'while':
       known = _count(each, computations)
       more, inner = (known, trips) if known else (trips[0], trips[1:]) if trips else (1, ())
-      _walk(computations, each.called('body')[0], times * more, inner, found)
+      _walk(computations, each.called('body')[0], times * more, inner, hosts, found)
     elif each.op == 'conditional':
       branches = each.called('branch_computations') or each.called('true_computation') + each.called('false_computation')
-      _add(found, max((_walked(computations, branch, times, trips) for branch in branches), key=lambda branch: branch.hbm))
+      walked = [_walked(computations, branch, times, trips, hosts) for branch in branches]
+      _add(found, max(walked, key=lambda branch: branch.hbm))
     elif each.op == 'call' or each.op == 'async-start':
       for callee in each.called('to_apply') or each.called('calls'):
-        _walk(computations, callee, times, trips, found)
+        _walk(computations, callee, times, trips, hosts, found)
     elif each.op not in _FREE and not each.op.endswith(('-start', '-update')) and each.op != 'async-done':
       found.hbm += times * _hbm(each, own, computations)
     for kind, inside, types in _collectives(each, own, computations):
       channel = re.search(r'channel_id=(\d+)', inside.rest)                     # one that overlaps is in several fusions
       if channel is None or channel.group(1) not in sent:
         sent |= {channel.group(1)} if channel else set()
-        _send(inside, kind, sum(size(types[operand].type) for operand in inside.operands), times, found)
+        given = sum(size(types[operand].type) for operand in inside.operands)
+        _send(inside, kind, given, times, hosts, found)
 
 
 def _count(loop, computations):
@@ -240,56 +277,97 @@ def _collectives(instruction, own, computations, within=''):
       yield from _collectives(each, inner, computations, callee)
 
 
-def _send(instruction, kind, given, times, found):
+def _send(instruction, kind, given, times, hosts, found):
   """What a chip sends of the bytes that it is given, around a ring of n chips."""
-  n = _group(instruction.rest)
-  share = {'all-gather': n - 1, 'all-reduce': 2 * (n - 1) / n, 'collective-permute': 1}.get(kind, (n - 1) / n)
-  if n > 1 or kind == 'collective-permute':
-    found.sent[kind] += times * share * given
-    found.count[kind] += times
+  groups = _groups(instruction.rest)
+  n = len(groups[0])
+  if n < 2:
+    return
+  shares = {'all-gather': n - 1, 'all-reduce': 2 * (n - 1) / n, 'collective-permute': 1}
+  share = shares.get(kind, (n - 1) / n)
+  sent = times * share * given
+  found.sent[kind] += sent
+  found.count[kind] += times
+  if hosts:
+    leaving = [_leaving(kind, [hosts[chip] for chip in group]) for group in groups]
+    found.network += sent * max(leaving)
 
 
-def _group(rest):
-  """How many chips take part in a collective together, in any of the forms of `replica_groups`."""
+def _leaving(kind, hosts):
+  """Of what a chip sends to a group with chips of these hosts, the share that goes to another host.
+
+  There are as many rings as chips of the group on a host. Each goes around the whole group and
+  leaves the host from another chip, as NCCL lays them where each chip has a network adapter.
+  """
+  here = min(hosts.count(host) for host in hosts)
+  if here == len(hosts):
+    return 0.0
+  if kind == 'all-to-all':
+    return (len(hosts) - here) / (len(hosts) - 1)
+  return 1 / here
+
+
+def _groups(rest):
+  """Which chips take part in a collective together, in any of the forms in which HLO says it."""
   if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", rest):
-    axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
-    return math.prod(int(axes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
-  if listed := re.search(r'replica_groups=\[\d+,(\d+)\]', rest):
-    return int(listed.group(1))
-  spelt = re.search(r'replica_groups=\{\{([\d,]*)\}', rest)
-  return len(spelt.group(1).split(',')) if spelt else 1
+    named = re.findall(r"'(\w+)'=(\d+)", mesh.group(1))
+    axes, sizes = [name for name, _ in named], [int(n) for _, n in named]
+    together = [axes.index(name) for name in re.findall(r"'(\w+)'", mesh.group(2))]
+    chips = np.arange(math.prod(sizes)).reshape(sizes)
+    chips = np.moveaxis(chips, together, range(-len(together), 0))
+    return chips.reshape(-1, math.prod(sizes[axis] for axis in together)).tolist()
+  if tiled := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest):
+    shape, cut = _numbers(tiled.group(1)), _numbers(tiled.group(2))
+    order = _numbers(tiled.group(3)) if tiled.group(3) else None
+    return np.arange(math.prod(cut)).reshape(cut).transpose(order).reshape(shape).tolist()
+  spelt = re.search(r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}', rest)
+  if spelt is None:
+    return [[0]]
+  return [_numbers(group) for group in re.findall(r'\{([\d,]+)\}', spelt.group(1))]
+
+
+def _numbers(listed):
+  return [int(number) for number in listed.split(',')]
 
 
 def _hbm(instruction, own, computations):
   """HBM bytes that an instruction reads and writes."""
   if instruction.op == 'fusion':
-    return _fused(instruction, own, computations[instruction.called('calls')[0]])
+    return _fused(instruction, own, computations)
   start = own[instruction.operands[0]] if instruction.op.endswith('-done') else instruction
   sources, op = [own[name].type for name in start.operands], start.op.removesuffix('-start')
   if op in ('dynamic-update-slice', 'scatter'):
     return 2 * size(sources[2 if op == 'scatter' else 1], hbm_only=True)
-  written = size(instruction.type, hbm_only=True)
+  written = size(instruction.type, hbm_only=True) - _workspace(instruction)
   if op in _PARTS:
     return written + (size(instruction.type) if size(sources[0], hbm_only=True) else 0)
   return written + sum(size(source, hbm_only=True) for source in sources)
 
 
-def _fused(fusion, outer, instructions):
-  """HBM bytes of a fusion: of an operand of which slices are read, these; of one that is written in place, the update."""
-  users, own = collections.defaultdict(list), {each.name: each for each in instructions}
-  for each in instructions:
-    for operand in each.operands:
-      users[operand].append(each)
+def _workspace(instruction):
+  """Bytes that a call of a library is lent: its last result, where that is an array of bytes."""
+  target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+  if target is None or not target.group(1).startswith(_WORKSPACES):
+    return 0
+  dtype, shape, _ = _ARRAY.findall(instruction.type)[-1]
+  return int(shape or 1) if dtype in ('s8', 'u8') and ',' not in shape else 0
 
-  def uses(name):
-    return [use for each in users[name] for use in (uses(each.name) if each.op == 'bitcast' else [(name, each)])]
+
+def _fused(fusion, outer, computations):
+  """HBM bytes of a fusion.
+
+  Of an operand of which slices are read, these; of one that is written in place, the update.
+  """
+  instructions = computations[fusion.called('calls')[0]]
+  own = {each.name: each for each in instructions}
 
   def read(parameter, outside):
     if not size(outside, hbm_only=True):
       return 0
-    parts = [0 if use.op == 'dynamic-update-slice' else size(use.type) for operand, use in uses(parameter.name)
+    uses = _uses(parameter.name, instructions, computations)
+    parts = [0 if use.op == 'dynamic-update-slice' else size(use.type) for operand, use in uses
              if use.op in _PARTS and use.operands[0] == operand]
-    return sum(parts) if len(parts) == len(uses(parameter.name)) else size(outside)
+    return sum(parts) if len(parts) == len(uses) else size(outside)
 
   def written(name):
     while own[name].op == 'bitcast':
@@ -299,6 +377,29 @@ def _fused(fusion, outer, instructions):
   root = next(each for each in instructions if each.root)
   results = root.operands if root.op == 'tuple' else (root.name,)
   kept = size(fusion.type) and size(fusion.type, hbm_only=True) / size(fusion.type)
-  parameters = sorted((each for each in instructions if each.op == 'parameter'), key=lambda each: int(each.inside))
-  return kept * sum(map(written, results)) + sum(read(each, outer[operand].type)
-                                                 for each, operand in zip(parameters, fusion.operands, strict=True))
+  return kept * sum(map(written, results)) + sum(
+    read(parameter, outer[operand].type)
+    for parameter, operand in zip(_parameters(instructions), fusion.operands, strict=True))
+
+
+def _parameters(instructions):
+  found = [each for each in instructions if each.op == 'parameter']
+  return sorted(found, key=lambda each: int(each.inside))
+
+
+def _uses(name, instructions, computations):
+  """[(operand, instruction that reads it)] of a value in a fusion, through bitcasts and into fusions inside it."""
+  found = []
+  for each in instructions:
+    if name not in each.operands:
+      continue
+    if each.op == 'bitcast':
+      found += _uses(each.name, instructions, computations)
+    elif each.op == 'fusion':
+      inside = computations[each.called('calls')[0]]
+      for parameter, operand in zip(_parameters(inside), each.operands, strict=True):
+        if operand == name:
+          found += _uses(parameter.name, inside, computations)
+    else:
+      found.append((name, each))
+  return found

@@ -7,8 +7,8 @@ answer runs to its limit. Evaluations and the answers that labellers rank are no
 
 What a chip holds while a program runs is all that its stage keeps there, arguments or not, and the program's own
 temporaries. Beside it, while a stage saves, Orbax copies arrays to the host, not on the chip. The estimate of time is a
-roofline: the longest of computing, HBM and interconnect, each at its published peak and all at once. Read next:
-`compiled.py`, which reads a program; `chips.py`, `remedies.py`.
+roofline: the longest of computing, HBM and each interconnect, at their published peaks and all at once. Read next:
+`compiled.py`, which reads a program; `chips.py`, `gpus.py`, `remedies.py`.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import compiled
+from rlhf_jax import compiled, gpus
 from rlhf_jax.chips import Chip, chip_of
 from rlhf_jax.data import batches
 from rlhf_jax.data.encode import RankedRows, Row
@@ -41,6 +41,7 @@ from rlhf_jax.stages.descent import compile_step
 from rlhf_jax.step import init_state
 
 STAGES = sft.NAME, reward.NAME, ppo.NAME
+_COMPILERS = 'jax', 'jaxlib', 'libtpu', 'jax_cuda13_plugin', 'jax_cuda12_plugin'
 # Stands for any chat: shapes do not depend on the ids.
 CHAT = types.SimpleNamespace(end_tokens=(0,), pad_token=0)
 
@@ -173,6 +174,7 @@ class Cost:
   compile_seconds: float
   kept: bool  # whether that was in an earlier process, whose reading was kept
   refused: str = ''  # what the compiler said where the program does not fit
+  network: float = 0.0  # of the bytes sent, those that leave a host with a network of its own
 
   @property
   def total(self):
@@ -180,13 +182,19 @@ class Cost:
     return sum(self.memory.values())
 
 
-def cost(program, topology):
-  """The Cost of a Program, which is compiled for it unless that has been done before."""
+def cost(program, topology, hosts=()):
+  """The Cost of a Program, which is compiled for it unless that has been done before.
+
+  `hosts` is that of `compiled.traffic`.
+  """
   every, repeated = compiled.flops(program.traced.jaxpr.jaxpr, program.trips)
   lowered, arguments = program.traced.lower(), _bytes(program.args)
   path = _path_of(lowered, topology, program.trips)
   kept = path is not None and path.exists()
-  read = json.loads(path.read_text()) if kept else _compiled(lowered, arguments, program.trips)
+  if kept:
+    read = json.loads(path.read_text())
+  else:
+    read = _compiled(lowered, arguments, program.trips, hosts)
   if path is not None and not kept:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f'.{os.getpid()}')
@@ -197,7 +205,7 @@ def cost(program, topology):
   return Cost(program.name, program.stage, memory, every, repeated, kept=kept, **read)
 
 
-def _compiled(lowered, arguments, trips):
+def _compiled(lowered, arguments, trips, hosts=()):
   """What a compilation tells: bytes of a program beside its arguments (`own`), traffic, seconds; or why it was refused."""
   began = time.monotonic()
   try:
@@ -207,8 +215,8 @@ def _compiled(lowered, arguments, trips):
     if found is None:
       raise
     needed = float(found.group(1)) * 2.0 ** {'M': 20, 'G': 30, 'T': 40}[found.group(2)]
-    return {'own': needed, 'hbm': None, 'sent': {}, 'collectives': {}, 'refused': found.group(0),
-            'compile_seconds': time.monotonic() - began}
+    return {'own': needed, 'hbm': None, 'sent': {}, 'network': 0.0, 'collectives': {},
+            'refused': found.group(0), 'compile_seconds': time.monotonic() - began}
   seconds, stats = time.monotonic() - began, executable.memory_analysis()
   # Arrays in HBM are padded to tiles: what arguments take beyond their sizes is counted as the program's own.
   own = (stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + stats.argument_size_in_bytes - arguments
@@ -216,20 +224,22 @@ def _compiled(lowered, arguments, trips):
   try:
     text = executable.as_text()
   except jax.errors.JaxRuntimeError as error:
-    raise ConfigError(f'jaxlib {importlib.metadata.version("jaxlib")} cannot read what this TPU compiler makes '
-                      f'({str(error).splitlines()[0][:200]}). Install the libtpu that belongs to it: pip install -e '
-                      "'.[tpu]'.") from error
-  moved = compiled.traffic(text, trips)
-  return {'own': own, 'hbm': moved.hbm, 'sent': moved.sent, 'collectives': moved.count, 'compile_seconds': seconds}
+    raise ConfigError(f'jaxlib {importlib.metadata.version("jaxlib")} cannot read what this compiler makes '
+                      f'({str(error).splitlines()[0][:200]}). Install the compiler that belongs to it: pip install -e '
+                      "'.[tpu]' or '.[cuda]'.") from error
+  moved = compiled.traffic(text, trips, hosts)
+  return {'own': own, 'hbm': moved.hbm, 'sent': moved.sent, 'network': moved.network,
+          'collectives': moved.count, 'compile_seconds': seconds}
 
 
 def _path_of(lowered, topology, trips):
   """Where the reading of a program is kept: JAX writes what it compiled for absent devices, but cannot read it back."""
   if jax.config.jax_compilation_cache_dir is None:
     return None
-  compiler = [importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu') if importlib.util.find_spec(name)]
+  compiler = [importlib.metadata.version(name) for name in _COMPILERS if importlib.util.find_spec(name)]
   what = [lowered.as_text(), topology, repr(trips), *compiler, pathlib.Path(compiled.__file__).read_text(),
-          pathlib.Path(__file__).read_text(), *(os.environ.get(name, '') for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS'))]
+          pathlib.Path(gpus.__file__).read_text(), pathlib.Path(__file__).read_text(),
+          *(os.environ.get(name, '') for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS'))]
   digest = hashlib.sha256('\0'.join(what).encode()).hexdigest()
   return pathlib.Path(jax.config.jax_compilation_cache_dir) / 'plans' / f'{digest}.json'
 
@@ -258,8 +268,13 @@ class Plan:
     if self.chip is None or cost.hbm is None:
       return {}
     chips = math.prod(self.mesh.values())
-    return {'compute': cost.flops / chips / self.chip.flops, 'hbm': cost.hbm / self.chip.hbm_speed,
-            'ici': sum(cost.sent.values()) / self.chip.ici_speed}
+    over_link = sum(cost.sent.values()) - cost.network
+    seconds = {'compute': cost.flops / chips / self.chip.flops,
+               'hbm': cost.hbm / self.chip.hbm_speed,
+               self.chip.link.lower(): over_link / self.chip.link_speed}
+    if self.chip.network_speed is not None:
+      seconds['network'] = cost.network / self.chip.network_speed
+    return seconds
 
   def mfu(self, cost):
     """Model FLOPs utilisation at the roofline: operations, not the repeated ones, of what the chips could do meanwhile."""
@@ -270,13 +285,19 @@ class Plan:
 def plan(run, topology, stages=STAGES, only=None, say=lambda text: None):
   """The Plan of a run's stages on its runner's devices; `only` names the programs to compile, `say` hears of each."""
   chip, costs = chip_of(topology), []
+  hosts = _hosts(run.runner.mesh) if chip and chip.network_speed else ()
   capacity = chip.hbm if chip else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / run.runner.mesh.size
   for program in programs(run, stages):
     if only is None or program.name in only:
       say(f'{program.name}: compiling for {topology}')
-      costs.append(cost(program, topology))
+      costs.append(cost(program, topology, hosts))
       say(f'{program.name}: ' + ('known' if costs[-1].kept else f'{costs[-1].compile_seconds:.0f} s'))
   return Plan(topology, dict(run.runner.mesh.shape), capacity, chip, costs, _parameters(run))
+
+
+def _hosts(mesh):
+  """The host of each device, in the order in which a compiled program numbers them."""
+  return tuple(device.process_index for device in mesh.devices.flat)
 
 
 def _parameters(run):
@@ -291,7 +312,8 @@ def to_json(made, suggestion=None):
   """A Plan as plain JSON values."""
   rows = [{'program': cost.name, 'fits': made.fits(cost), 'bytes_per_chip': cost.memory, 'total_bytes_per_chip': cost.total,
            'flops': cost.flops, 'repeated_flops': cost.repeated_flops, 'hbm_bytes_per_chip': cost.hbm,
-           'sent_bytes_per_chip': cost.sent, 'collectives': cost.collectives, 'seconds': made.seconds(cost),
+           'sent_bytes_per_chip': cost.sent, 'sent_to_other_hosts_bytes_per_chip': cost.network,
+           'collectives': cost.collectives, 'seconds': made.seconds(cost),
            'mfu': made.mfu(cost) if made.seconds(cost) else None, 'compile_seconds': cost.compile_seconds,
            'refused': cost.refused} for cost in made.costs]
   return {'topology': made.topology, 'mesh': made.mesh, 'parameters': made.parameters,
@@ -307,11 +329,30 @@ def assumptions(made):
            'FLOPs: all matrix products on all chips; bytes: each instruction of one chip reads and writes HBM once']
   if made.chip:
     chip = made.chip
+    network = ''
+    if chip.network_speed:
+      network = f', {chip.network_speed / 1e9:.0f} GB/s to other hosts'
     found += [f'{made.topology}: {chip.flops / 1e12:.0f} TFLOP/s in bfloat16, {_gib(chip.hbm)} GiB at '
-              f'{chip.hbm_speed / 1e9:.0f} GB/s, {chip.ici_speed / 1e9:.0f} GB/s to neighbours ({chip.source})',
-              'step: the longest of compute, HBM and ICI, each at that peak and all at once, so a real step is slower',
+              f'{chip.hbm_speed / 1e9:.0f} GB/s, {chip.link_speed / 1e9:.0f} GB/s over {chip.link}{network} '
+              f'({chip.source})',
+              f'step: the longest of {_listed(["compute", *_ways(chip)])}, each at that peak and '
+              'all at once, so a real step is slower',
               'MFU: of that step, without the products that a backward pass repeats']
+    if chip.note:
+      found.append(f'{_gib(chip.hbm)} GiB: {chip.note}')
+    if chip.network_speed:
+      found += ['network: a ring leaves a host through as many adapters as the host has chips in it',
+                'kernels: those that XLA takes untimed; on a GPU it times some against each other']
   return found
+
+
+def _ways(chip):
+  """How bytes move, in the order of the table: the memory and the interconnects of a Chip."""
+  return ['HBM', chip.link] + ['network'] * (chip.network_speed is not None)
+
+
+def _listed(names):
+  return f'{", ".join(names[:-1])} and {names[-1]}'
 
 
 def markdown(made):
@@ -319,8 +360,9 @@ def markdown(made):
   kinds = ('parameters', 'optimizer', 'frozen', 'batch', 'cache', 'temporaries')
   mesh = ' x '.join(f'{axis} {size}' for axis, size in made.mesh.items())
   memory = [['GiB a chip', *kinds, 'total', f'left of {_gib(made.capacity)}']]
-  moved = [['once', 'TFLOP, all chips', 'repeated', 'HBM GB, a chip', 'sent GB, a chip', 'compute s', 'HBM s', 'ICI s',
-            'MFU', 'compiled in s']]
+  ways = ['compute', *(_ways(made.chip) if made.chip else ['HBM', 'ICI'])]
+  moved = [['once', 'TFLOP, all chips', 'repeated', 'HBM GB, a chip', 'sent GB, a chip',
+            *(f'{way} s' for way in ways), 'MFU', 'compiled in s']]
   for cost in made.costs:
     seconds, left = made.seconds(cost), _gib(made.capacity - cost.total)
     memory.append([cost.name, *(_gib(cost.memory.get(kind, 0)) for kind in kinds), _gib(cost.total),
@@ -329,7 +371,7 @@ def markdown(made):
       f'{kind} {size / 1e9:.3g} in {cost.collectives[kind]:.0f}' for kind, size in cost.sent.items() if size > 1e6])
     moved.append([cost.name, f'{cost.flops / 1e12:.4g}', f'{cost.repeated_flops / cost.flops:.0%}',
                   '-' if cost.hbm is None else f'{cost.hbm / 1e9:.4g}', sent,
-                  *(f'{seconds[kind]:.3g}' if seconds else '-' for kind in ('compute', 'hbm', 'ici')),
+                  *(f'{seconds[way.lower()]:.3g}' if seconds else '-' for way in ways),
                   f'{made.mfu(cost):.0%}' if seconds else '-', f'{cost.compile_seconds:.0f}' + ' before' * cost.kept])
   models = ', '.join(f'{name} {count / 1e9:.3g}' for name, count in made.parameters.items())
   return '\n\n'.join([f'{made.topology}, {mesh}; billions of parameters: {models}', _table(memory), _table(moved),

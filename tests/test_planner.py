@@ -265,7 +265,7 @@ SMALL = {'preset': 'flat', 'remat': True, 'data__limits__prompt_tokens': 6, 'dat
 def test_what_does_not_fit_is_said_and_what_helps_is_tried(capsys, monkeypatch):
   run = cli.prepare_shapes(experiment(**SMALL), jax.devices())
   [step] = planner.plan(run, 'cpu:8', only=['SFT step']).costs
-  chip = chips.Chip(flops=1e12, hbm=0.8 * step.total, hbm_speed=1e10, ici_speed=1e9, example='8', source='this test')
+  chip = chips.Chip(flops=1e12, hbm=0.8 * step.total, hbm_speed=1e10, link_speed=1e9, example='8', source='this test')
   monkeypatch.setitem(chips.CHIPS, 'cpu', chip)
   status, said = show(capsys, '--plan', 'cpu:8', '--json', **SMALL)
   made = json.loads(said.out)

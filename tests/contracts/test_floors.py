@@ -14,7 +14,7 @@ FLOORS = [
   ('model',),
   ('losses',),
   ('optimizer', 'step', 'update', 'generate', 'experience', 'rewards', 'compiled'),
-  ('ahead', 'runners', 'chips'),
+  ('ahead', 'runners', 'gpus', 'chips'),
   ('data', 'checkpoint', 'metrics', 'processes', 'roll_call', 'startup'),
   ('config', 'handoff', 'stages', 'planner', 'remedies', 'report', 'cli'),
 ]
