@@ -1,10 +1,11 @@
-"""Llama 3 8B as an assistant, on TPUs: SFT, reward model and PPO on the HH data of Anthropic, or any chat set.
+"""Llama 3 8B as an assistant, on TPUs or GPUs: SFT, reward model and PPO on the HH data of Anthropic, or any chat set.
 
 An 8B policy with an 8B value function and an 8B reference, and a 1B reward model from scratch; or 70B of each, and an 8B
-reward model. For the settings of each topology in `SIZES`, `--plan` says that every program compiles and fits: see the
-table in README.md.
+reward model (on four hosts of GPUs: a value head on the policy, and a reward model of 70B). For the settings of each
+topology in `SIZES`, `--plan` says that every program compiles and fits: see the table in README.md.
 
     python -m experiments.llama3_8b --plan v5p:4x4x4                              the cost, on a machine without TPUs
+    python -m experiments.llama3_8b --plan h100:8                                 of 8 GPUs, on a machine without any
     python -m experiments.llama3_8b --sized-for v5p:4x4x4                         on those 64 chips
     python -m experiments.llama3_8b --sized-for v5p:4x4x4 --data.path DIR         data of your own: see sources.py
     python -m experiments.llama3_8b --preset llama3.1-70b --sized-for v5p:4x4x8   70B on 128 chips
@@ -49,10 +50,14 @@ SIZES = {
     'v5e:8x8': {'mesh.fsdp': 16, 'mesh.tensor': 4},
     'v6e:4x8': {'mesh.fsdp': 8, 'mesh.tensor': 4},
     'tpu7x:2x2x4': {'mesh.fsdp': 8, 'mesh.tensor': 4},
+    'h100:8': {'attention': 'cudnn', 'mesh.fsdp': 8, 'mesh.tensor': 1},
   },
   'llama3.1-70b': {
     'v5p:4x4x8': {'pretrained': 'meta-llama/Llama-3.1-70B', 'reward_preset': 'llama3.1-8b', 'mesh.fsdp': 16,
                   'mesh.tensor': 8},
+    # The tensor axis stays on a host. A value model of 70B beside the policy would not fit.
+    'h100:8x4': {'pretrained': 'meta-llama/Llama-3.1-70B', 'reward_preset': None,
+                 'ppo.shared_trunk': True, 'attention': 'cudnn', 'mesh.fsdp': 4, 'mesh.tensor': 8},
   },
 }
 

@@ -1,10 +1,11 @@
-"""The TL;DR recipe for Pythia (see tldr.py) on TPUs, at the three sizes of the paper: 1B, 2.8B and 6.9B.
+"""The TL;DR recipe for Pythia (see tldr.py) on TPUs or a GPU, at the three sizes of the paper: 1B, 2.8B and 6.9B.
 
 Policy, value, reference and reward model are all of that size. For the settings of each topology in `SIZES`, `--plan` says
 that every program compiles and fits: see the table in README.md.
 
     python -m experiments.pythia_tldr --preset pythia-6.9b --plan v5p:2x2x2        what it would cost, without a TPU
     python -m experiments.pythia_tldr --preset pythia-6.9b --sized-for v5p:2x2x2   on those 8 chips
+    python -m experiments.pythia_tldr --plan h100:1                                 of one GPU, without a GPU
 
 It has been compiled for its chips but not run. Expected, published by Huang et al. 2024 (2403.17031): see tldr.py.
 """
@@ -20,7 +21,11 @@ EXPERIMENT = dataclasses.replace(tldr.EXPERIMENT, attention='splash', remat=True
                                  mesh=MeshConfig(runner='sharded'))
 
 SIZES = {
-  'pythia-1b': {'v5e:2x4': {'pretrained': 'EleutherAI/pythia-1b-deduped', 'mesh.fsdp': 8}},
+  'pythia-1b': {
+    'v5e:2x4': {'pretrained': 'EleutherAI/pythia-1b-deduped', 'mesh.fsdp': 8},
+    # cuDNN takes heads of 256, as Pythia 1B has them, only where there is a GPU to ask.
+    'h100:1': {'mesh.runner': 'single', 'attention': 'xla'},
+  },
   'pythia-2.8b': {'v5e:4x8': {'pretrained': 'EleutherAI/pythia-2.8b-deduped', 'mesh.fsdp': 16, 'mesh.tensor': 2}},
   'pythia-6.9b': {'v5p:2x2x2': {'pretrained': 'EleutherAI/pythia-6.9b-deduped', 'mesh.fsdp': 8}},
 }

@@ -317,6 +317,13 @@ def test_what_is_tried_is_what_the_program_has(found, expected):
   assert found() == expected
 
 
+@pytest.mark.parametrize('remat, expected', [('auto', [{'remat': 'block'}]), ('dots', [{'remat': 'block'}]), ('block', [])])
+def test_a_policy_of_rematerialisation_gives_way_to_blocks(remat, expected):
+  sized = dataclasses.replace(experiment(reward__batch_size=8, reward__optimizer__moment_dtype='bfloat16'), remat=remat)
+  cost = planner.Cost('reward step', 'reward', {}, 0, 0, None, {}, {}, 0, False)
+  assert list(remedies.remedies(sized, cost, FSDP, 8)) == expected
+
+
 def test_settings_as_flags():
   settings = {'remat': True, 'ppo.gather': False, 'sft.optimizer.moment_dtype': 'bfloat16', 'ppo.microbatches': 4}
   flags = remedies.flags(settings)

@@ -1,11 +1,14 @@
 """Models of 8 billion parameters on a laptop: every array of their training has a sharding, and nothing is allocated."""
 
 import math
+import re
 
 import jax
 import pytest
 from jax.sharding import PartitionSpec
 
+from experiments import llama3_8b, pythia_tldr
+from rlhf_jax import chips, config, gpus
 from rlhf_jax.model import partition
 from rlhf_jax.model.config import PRESETS, preset
 from rlhf_jax.model.heads import LanguageModel, ScalarModel, initial_params
@@ -53,3 +56,23 @@ def test_every_leaf_of_an_8b_state_has_a_sharding(name, model_class, capsys):
     print(f'\n{name} {model_class.__name__}: {whole / 2**30:.1f} GiB of float32 parameters and Adam moments, '
           f'{per_device / 2**30:.2f} GiB on each of {math.prod(MESH.values())} devices', end='')
   assert per_device < 1.02 * whole / math.prod(MESH.values())                   # only norms and scalars are not cut fully
+
+
+def _sizes():
+  for module in (llama3_8b, pythia_tldr):
+    for name, topologies in module.SIZES.items():
+      for topology, settings in topologies.items():
+        yield pytest.param(module.EXPERIMENT, name, topology, settings, id=f'{name} on {topology}')
+
+
+@pytest.mark.parametrize('default, name, topology, settings', _sizes())
+def test_settings_for_devices_use_all_of_them(default, name, topology, settings):
+  experiment = config.override(default, settings | {'preset': name})
+  kind, shape = topology.split(':')
+  count = math.prod(map(int, re.findall(r'\d+', shape))) * (2 if kind == 'tpu7x' else 1)
+  mesh = experiment.mesh
+  assert (mesh.data or 1) * mesh.fsdp * mesh.tensor == count
+  assert kind in chips.CHIPS
+  if kind in gpus.TARGETS:
+    assert experiment.attention != 'splash'
+    assert mesh.tensor <= gpus.GPUS_A_HOST                                      # what it sends at each layer stays on a host
