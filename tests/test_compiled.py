@@ -145,12 +145,16 @@ def test_bytes_that_leave_a_host_for_one_neighbour(pairs, leaves):
   assert (found.sent['collective-permute'], found.network) == (400, leaves)
 
 
-def test_a_loop_repeats_what_leaves_a_host():
-  gathered = 'ROOT %a = f32[100]{0} while(%x), condition=%goes_on, body=%joined'
-  body = ('%joined (p: f32[100]) -> f32[100] {\n  %p = f32[100]{0} parameter(0)\n'
-          '  ROOT %j = f32[100]{0} all-reduce(%p), replica_groups={{0,4}}\n}\n')
-  text = OTHERS + body + f'ENTRY %main (x: f32[100]) -> f32[100] {{\n  %x = f32[100]{{0}} parameter(0)\n  {gathered}\n}}\n'
-  assert compiled.traffic(text, (3,), TWO_HOSTS).network == 3 * 400
+@pytest.mark.parametrize('line, leaves', [
+  ('while(%x), condition=%goes_on, body=%joined', 3 * 400),
+  ('conditional(%x, %x, %x), true_computation=%joined, false_computation=%negated', 400),
+])
+def test_what_leaves_a_host_in_a_loop_and_in_a_branch(line, leaves):
+  joined = ('%joined (p: f32[100]) -> f32[100] {\n  %p = f32[100]{0} parameter(0)\n'
+            '  ROOT %j = f32[100]{0} all-reduce(%p), replica_groups={{0,4}}\n}\n')
+  text = (f'{OTHERS}{joined}ENTRY %main (x: f32[100]) -> f32[100] {{\n  %x = f32[100]{{0}} parameter(0)\n'
+          f'  ROOT %a = f32[100]{{0}} {line}\n}}\n')
+  assert compiled.traffic(text, (3,), TWO_HOSTS).network == leaves
 
 
 def test_bytes_to_one_neighbour_and_to_nobody():
