@@ -30,7 +30,9 @@ class Ours:
       raise AttributeError(name)
     def one_round():
       if name not in self.workloads:
-        setting = bench.Setting(make_runner(self.mesh), LanguageModel(self.config), ScalarModel(self.config), self.batch)
+        policy, scalar = LanguageModel(self.config), ScalarModel(self.config)
+        runner = make_runner(self.mesh, models=(policy, scalar))
+        setting = bench.Setting(runner, policy, scalar, self.batch)
         bench.check(bench.Bench(mesh=self.mesh, batch=self.batch, only=(name,)), setting)
         self.workloads[name] = bench.WORKLOADS[name](setting)
         self.states[name] = self.workloads[name].state

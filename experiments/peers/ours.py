@@ -18,7 +18,9 @@ class Ours:
     if jax.default_backend() != device:
       raise ConfigError(f'JAX computes on {jax.default_backend()} here, not on {device}.')
     mesh = MeshConfig()
-    setting = bench.Setting(make_runner(mesh), LanguageModel(config), ScalarModel(config), batch)
+    policy, scalar = LanguageModel(config), ScalarModel(config)
+    runner = make_runner(mesh, models=(policy, scalar))
+    setting = bench.Setting(runner, policy, scalar, batch)
     bench.check(bench.Bench(mesh=mesh, batch=batch, only=(workload,)), setting)
     self.mesh = setting.runner.mesh
     self.workload = bench.WORKLOADS[workload](setting)
