@@ -56,6 +56,7 @@ from rlhf_jax.generate import generate
 from rlhf_jax.losses.language import cross_entropy
 from rlhf_jax.losses.preference import ranking
 from rlhf_jax.maths.sampling import Sampling
+from rlhf_jax.model import running
 from rlhf_jax.model.config import preset
 from rlhf_jax.model.forward import check_length, next_logprobs
 from rlhf_jax.model.heads import LanguageModel, ScalarModel, initial_params
@@ -276,7 +277,7 @@ def memory(setting):
   B, T = sizes.memory_rows, sizes.memory_tokens
   config = dataclasses.replace(setting.policy.config, vocab_size=sizes.memory_vocabulary, context_length=T)
   batch = Demonstrations(*(jax.ShapeDtypeStruct((B, T), dtype) for dtype in ('int32', 'bool', 'bool')))
-  for name, chunk in (('in chunks', config.tokens_per_chunk), ('at once', B * T)):
+  for name, chunk in (('in chunks', running.tokens_per_chunk(config)), ('at once', B * T)):
     model, optimizer = LanguageModel(dataclasses.replace(config, tokens_per_chunk=chunk)), _constant(SFTConfig().optimizer)
     state = jax.eval_shape(lambda key, m=model, o=optimizer: init_state(initial_params(m, key), o), jax.random.key(0))
     step = jax.jit(make_train_step(cross_entropy(model), optimizer), donate_argnums=0)
@@ -411,7 +412,7 @@ def describe(bench, setting):
     'machine': {'platform': device.platform, 'device_kind': device.device_kind, 'devices': mesh.size, 'cores': cores},
     'model': {'preset': bench.preset, 'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
               **dataclasses.asdict(config)},
-    'running': chosen(config),
+    'running': chosen(config, sizes.sft_rows * sizes.tokens // mesh.size),
     'mesh': {'runner': runner_name(bench.mesh, jax.devices()), **dict(mesh.shape)},
     'batch': dataclasses.asdict(bench.batch), 'repeats': bench.repeats}
 

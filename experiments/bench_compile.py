@@ -71,7 +71,8 @@ def experiment_of(asked):
 def run(asked, say=lambda text: None):
   """All results, as plain JSON values; `say` hears of each program as it comes."""
   experiment = experiment_of(asked)
-  prepared = cli.prepare_shapes(experiment, chips.devices(asked.on))
+  prepared = cli.prepare_shapes(experiment, chips.devices(asked.on),
+                                chips.memory_of(asked.on))
   config = prepared.policy.config
   results = {'on': asked.on, 'preset': experiment.preset, 'experiment': asked.experiment,
              'versions': {'jax': jax.__version__}, 'layers': config.layers,

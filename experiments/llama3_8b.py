@@ -31,8 +31,7 @@ EXPERIMENT = Experiment(
   pretrained='meta-llama/Meta-Llama-3-8B',
   reward_preset='llama3.2-1b',
   dtype='bfloat16',
-  attention='splash',
-  remat=True,
+  remat='block',
   scan_layers=True,
   mesh=MeshConfig(runner='sharded', data=1, fsdp=16, tensor=4),
   data=DataConfig(path='Anthropic/hh-rlhf', skip_bad_rows=True,
@@ -50,14 +49,14 @@ SIZES = {
     'v5e:8x8': {'mesh.fsdp': 16, 'mesh.tensor': 4},
     'v6e:4x8': {'mesh.fsdp': 8, 'mesh.tensor': 4},
     'tpu7x:2x2x4': {'mesh.fsdp': 8, 'mesh.tensor': 4},
-    'h100:8': {'attention': 'cudnn', 'mesh.fsdp': 8, 'mesh.tensor': 1},
+    'h100:8': {'mesh.fsdp': 8, 'mesh.tensor': 1},
   },
   'llama3.1-70b': {
     'v5p:4x4x8': {'pretrained': 'meta-llama/Llama-3.1-70B', 'reward_preset': 'llama3.1-8b', 'mesh.fsdp': 16,
                   'mesh.tensor': 8},
     # The tensor axis stays on a host. A value model of 70B beside the policy would not fit.
     'h100:8x4': {'pretrained': 'meta-llama/Llama-3.1-70B', 'reward_preset': None,
-                 'ppo.shared_trunk': True, 'attention': 'cudnn', 'mesh.fsdp': 4, 'mesh.tensor': 8},
+                 'ppo.shared_trunk': True, 'mesh.fsdp': 4, 'mesh.tensor': 8},
   },
 }
 

@@ -38,7 +38,7 @@ def plans(topologies, experiment=EXPERIMENT):
   for topology in topologies:
     devices = chips.devices(topology)
     sized = config.override(experiment, {'mesh.data': 1, 'mesh.fsdp': len(devices) // 4, 'mesh.tensor': 4})
-    found[len(devices)] = planner.plan(cli.prepare_shapes(sized, devices), topology,
+    found[len(devices)] = planner.plan(cli.prepare_shapes(sized, devices, chips.memory_of(topology)), topology,
                                        say=lambda text: print(text, file=sys.stderr, flush=True))
   return found
 

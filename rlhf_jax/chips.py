@@ -103,6 +103,12 @@ def _cpu_devices(count):
   return found[:count]
 
 
+def memory_of(topology) -> float | None:
+  """Bytes that a program may use of a device of a topology; None where nothing is published."""
+  chip = chip_of(topology)
+  return chip and chip.hbm
+
+
 def chip_of(topology):
   """The Chip of a topology; None for a CPU, of which nothing is published here."""
   return CHIPS.get(topology.partition(':')[0])

@@ -370,7 +370,8 @@ def show_plan(experiment, command):
   """Prints what the programs of a Command cost on its topology, and what would help; returns whether all of them fit."""
   devices = chips.devices(command.plan)
   say = lambda text: print(text, file=sys.stderr, flush=True)
-  prepare_it = lambda experiment: prepare_shapes(experiment, devices)
+  memory_bytes = chips.memory_of(command.plan)
+  prepare_it = lambda experiment: prepare_shapes(experiment, devices, memory_bytes)
   run, suggestion = prepare_it(experiment), None
   if not _is_path(experiment.pretrained) and experiment.pretrained is not None:
     say(f'{experiment.pretrained} is not looked at: the plan takes the sizes of the preset {experiment.preset}')

@@ -126,6 +126,7 @@ class PPOConfig:
   kl_stop_nats_per_sequence: float | None = None  # ends training before an update that starts beyond this KL
   reward_model_weight: float = 1.0  # of the reward model beside Python reward functions
   loss: PPOLossConfig = PPOLossConfig()
+  frozen_dtype: Literal['float32', 'bfloat16'] = 'float32'  # of reference and reward model in memory; bfloat16 needs --dtype bfloat16, and then changes no number
   experience: ExperienceConfig = ExperienceConfig()
   optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, schedule='linear', epsilon=1e-5)
   held_out_answers: int = 1  # answers of each policy to every held-out prompt, for the table at the end
@@ -177,6 +178,9 @@ class Experiment:
       'seed', 0 <= self.seed < 2 ** 31,
       'from 0 to 2147483647: a key of JAX has 32 bits, and larger seeds repeat it',
       'Pass a smaller number, for example 0'))
+    if self.ppo.frozen_dtype == 'bfloat16' and self.dtype != 'bfloat16':
+      raise ConfigError(f'--ppo.frozen-dtype bfloat16 with --dtype {self.dtype}: the reference would be '
+                        'another model than the one that is trained. Pass --dtype bfloat16 too.')
 
 
 def to_json(config):

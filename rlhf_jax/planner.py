@@ -123,7 +123,8 @@ def _iteration(run, has_reward_model=True):
   state = runner.abstract(functools.partial(ppo.abstract_state, run, optimizer))
   models = {'reference': run.policy} | ({'reward': run.reward} if has_reward_model else {})
   frozen = runner.abstract(lambda: {
-    name: initial_params(model, jax.random.key(0)) for name, model in models.items()})
+    name: ppo.as_frozen(run, initial_params(model, jax.random.key(0)))
+    for name, model in models.items()})
   holds = {'parameters': state.params, 'optimizer': state.opt_state, 'frozen': frozen}
   prompts = runner.place(_shapes(_prompts(run)), 'batch')
 

@@ -15,8 +15,8 @@ def remedies(experiment, cost, mesh, devices):
     changes = {'mesh.runner': 'sharded', 'mesh.data': 1, 'mesh.fsdp': devices}
     yield changes
     data, fsdp = 1, devices
-  if trains and experiment.remat not in (True, 'block'):
-    yield (changes := changes | {'remat': 'block' if isinstance(experiment.remat, str) else True})
+  if trains and experiment.remat != 'block':
+    yield (changes := changes | {'remat': 'block'})
   pieces = stage.microbatches * 2
   while trains and stage.batch_size // getattr(stage, 'minibatches', 1) % (pieces * data * fsdp) == 0:
     yield (changes := changes | {f'{cost.stage}.microbatches': pieces})

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.axes import axes_of
+from rlhf_jax.model import running
 from rlhf_jax.model.attention import PRODUCT, Causal, Seen, attend, frequencies, layer_norm, project, rms_norm, rotate
 from rlhf_jax.model.cache import write
-from rlhf_jax.model import running
 from rlhf_jax.model.config import ModelConfig
 from rlhf_jax.model.partition import batch_parts, constrain, cuts_parameters, for_lookup, gathered
 

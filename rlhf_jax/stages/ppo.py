@@ -260,7 +260,19 @@ def abstract_state(run, optimizer):
 def frozen_models(run):
   """The reference policy and, where there is one, the reward model: buffers of their own, never donated."""
   scorer = reward.restore(run)
-  return {'reference': sft.restore(run)} | ({} if scorer is None else {'reward': scorer})
+  reference = as_frozen(run, sft.restore(run))
+  return {'reference': reference} | ({} if scorer is None else {'reward': as_frozen(run, scorer)})
+
+
+def as_frozen(run, params):
+  """Parameters of a model that is not trained, in the dtype in which it is to be kept.
+
+  A scalar head stays in float32, for it computes in it.
+  """
+  dtype = run.experiment.ppo.frozen_dtype
+  cast = {name: jax.tree.map(lambda x: x.astype(dtype), part)
+          for name, part in params.items() if name != 'scalar'}
+  return params | cast
 
 
 def restore(run):
