@@ -412,7 +412,7 @@ def describe(bench, setting):
     'machine': {'platform': device.platform, 'device_kind': device.device_kind, 'devices': mesh.size, 'cores': cores},
     'model': {'preset': bench.preset, 'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
               **dataclasses.asdict(config)},
-    'running': chosen(config, sizes.sft_rows * sizes.tokens // mesh.size),
+    'running': chosen(config, bench.batch.sft_rows * bench.batch.tokens // mesh.size),
     'mesh': {'runner': runner_name(bench.mesh, jax.devices()), **dict(mesh.shape)},
     'batch': dataclasses.asdict(bench.batch), 'repeats': bench.repeats}
 

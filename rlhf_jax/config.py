@@ -126,7 +126,7 @@ class PPOConfig:
   kl_stop_nats_per_sequence: float | None = None  # ends training before an update that starts beyond this KL
   reward_model_weight: float = 1.0  # of the reward model beside Python reward functions
   loss: PPOLossConfig = PPOLossConfig()
-  frozen_dtype: Literal['float32', 'bfloat16'] = 'float32'  # of reference and reward model in memory; bfloat16 needs --dtype bfloat16, and then changes no number
+  frozen_dtype: Literal['float32', 'bfloat16'] = 'float32'  # in which the reference and the reward model are kept; bfloat16 needs --dtype bfloat16
   experience: ExperienceConfig = ExperienceConfig()
   optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, schedule='linear', epsilon=1e-5)
   held_out_answers: int = 1  # answers of each policy to every held-out prompt, for the table at the end
@@ -161,8 +161,8 @@ class Experiment:
   pretrained: str | None = None  # Hugging Face directory or hub id to start from, instead of the preset
   reward_preset: str | None = None  # a reward model of another size, from scratch; None: on the SFT model's backbone
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and products
-  attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'  # kernel; auto: splash on TPUs, cudnn on GPUs in bfloat16, else xla
-  remat: Literal['auto', 'none', 'dots', 'block'] = 'auto'  # what the backward pass computes again: nothing, all but products, whole blocks; auto: by memory
+  attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'  # auto: splash on TPUs, cudnn on GPUs in bfloat16, else xla
+  remat: Literal['auto', 'none', 'dots', 'block'] = 'auto'  # computed again in the backward pass; dots: all but products
   scan_layers: bool | None = None  # one compiled block for all layers; None: on accelerators, and for deep models
   mesh: MeshConfig = MeshConfig()
   data: DataConfig = DataConfig()

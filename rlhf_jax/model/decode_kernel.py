@@ -74,12 +74,12 @@ def _kernel(block, bounds_ref, q_ref, k_ref, v_ref, bias_ref, out_ref):
     inside_S = i * block + jnp.arange(block) < S
     k_SH = plgpu.load(k_ref.at[keys, :], mask=inside_S[:, None], other=0.0)
     bias_S = plgpu.load(bias_ref.at[keys], mask=inside_S, other=_MASKED)
-    score_GS = pl.dot(q_GH, k_SH.T) + bias_S[None, :]
+    score_GS = _product(q_GH, k_SH, over=(1, 1)) + bias_S[None, :]
     now_G = jnp.maximum(largest_G, score_GS.max(1))
     weight_GS = jnp.exp(score_GS - now_G[:, None])
     fades_G = jnp.exp(largest_G - now_G)
     v_SH = plgpu.load(v_ref.at[keys, :], mask=inside_S[:, None], other=0.0)
-    sum_GH = sum_GH * fades_G[:, None] + pl.dot(weight_GS.astype(v_SH.dtype), v_SH)
+    sum_GH = sum_GH * fades_G[:, None] + _product(weight_GS.astype(v_SH.dtype), v_SH, over=(1, 0))
     return sum_GH, now_G, total_G * fades_G + weight_GS.sum(1)
 
   # The largest score begins above what is masked, so that masked keys weigh nothing, not as much as
@@ -90,3 +90,10 @@ def _kernel(block, bounds_ref, q_ref, k_ref, v_ref, bias_ref, out_ref):
   total_G = jnp.where(total_G == 0, 1.0, total_G)
   out_GH = (sum_GH / total_G[:, None]).astype(out_ref.dtype)
   plgpu.store(out_ref.at[heads, :], out_GH, mask=real_G1)
+
+
+def _product(left, right, over):
+  """Matrix product over an axis of each, accumulated in float32."""
+  left_axis, right_axis = over
+  return jax.lax.dot_general(left, right, (((left_axis,), (right_axis,)), ((), ())),
+                             preferred_element_type=jnp.float32)
