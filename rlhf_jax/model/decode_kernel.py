@@ -18,6 +18,7 @@ from rlhf_jax.model.partition import by_device
 
 _LEAST_ROWS = 16  # of a matrix product of Triton
 _BLOCK_BYTES = 16 * 2**10  # of the keys of a block, and of its values
+_WARPS, _STAGES = 4, 3  # of a program, and of its loads ahead
 _MASKED = -1e30
 
 
@@ -49,7 +50,7 @@ def _of_device(q_BNH, k_BKSH, v_BKSH, seen_BS):
       kernel, grid=(B, K), out_shape=jax.ShapeDtypeStruct((B, K, G, H), q_BNH.dtype),
       in_specs=[of_sequence(2), of_pair(G, H), of_pair(S, H), of_pair(S, H), of_sequence(S)],
       out_specs=of_pair(G, H), interpret=interpret,
-      compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3))(*args)
+      compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES))(*args)
   out_BKGH = jax.lax.platform_dependent(
     bounds_B2, q_BKGH, k_BKSH, v_BKSH, bias_BS, cuda=functools.partial(call, False),
     default=functools.partial(call, True))
