@@ -12,19 +12,23 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from rlhf_jax.model.partition import by_device
 
+try:
+  from jax.experimental.pallas import triton as plgpu
+except ImportError:  # JAX 0.11 says that it will go: then XLA does the same in more kernels
+  plgpu = None
+
 _LEAST_ROWS = 16  # of a matrix product of Triton
-_BLOCK_BYTES = 16 * 2**10  # of the keys of a block, and of its values
+_BLOCK_BYTES = 8 * 2**10  # of the keys of a block, and of its values
 _WARPS, _STAGES = 4, 3  # of a program, and of its loads ahead
 _MASKED = -1e30
 
 
 def allows(head_width: int) -> bool:
-  """Whether heads are of a width that Triton loads: a power of 2."""
-  return head_width >= 16 and head_width & (head_width - 1) == 0
+  """Whether Triton is there, and heads are of a width that it loads: a power of 2."""
+  return plgpu is not None and head_width >= 16 and head_width & (head_width - 1) == 0
 
 
 def decode_attention(q_BNH, k_BKSH, v_BKSH, seen_BS):
