@@ -244,6 +244,8 @@ def prepare(experiment, make_task, directory):
   chat = _chat(tokenizer, generation_ends, model_config.vocab_size, began)
   run = _run(experiment, task, chat, None, directory, model_config, reward_config, pretrained)
   _say_devices(experiment.mesh, run.runner)
+  if running.device_of(run.policy.config).is_accelerator:
+    print(running.chosen(run.policy.config))
   return run
 
 
