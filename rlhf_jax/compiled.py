@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from rlhf_jax.model import decode_kernel
+
 _CUDNN_BLOCK = 128  # queries, and keys, that an attention kernel of cuDNN takes at a time
 _WORKSPACES = '__cublas', '__cudnn', '__cub'  # libraries whose last result is what they work in
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
@@ -47,6 +49,8 @@ def _operations(equation, trips):
     (contracted, _), _ = params['dimension_numbers']
     left = equation.invars[0].aval.shape
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted), 0.0
+  if name == 'pallas_call' and decode_kernel.NAME in str(params['name_and_src_info']):
+    return _decoding(equation)
   if name in ('dot_product_attention_fwd_wrapper', 'dot_product_attention_bwd_wrapper'):
     return _cudnn(equation)
   if name == 'while':
@@ -100,6 +104,12 @@ def _again(kernel):
   before which the scores are made again: five in one kernel, or four for keys and values and three for queries.
   """
   return {3: 2 / 3, 4: 1 / 4, 5: 1 / 5}.get(_products(kernel.params['jaxpr']), 0.0)
+
+
+def _decoding(attention):
+  """Of one query a sequence over a cache, of which all is read: 2 products."""
+  query, key = [x.aval.shape for x in attention.invars if len(x.aval.shape) == 4][:2]
+  return 4.0 * math.prod(query) * key[2], 0.0
 
 
 def _cudnn(attention):

@@ -20,6 +20,7 @@ try:
 except ImportError:  # JAX 0.11 says that it will go: then XLA does the same in more kernels
   plgpu = None
 
+NAME = 'decode_attention'  # of the kernel in a program
 _LEAST_ROWS = 16  # of a matrix product of Triton
 _BLOCK_BYTES = 8 * 2**10  # of the keys of a block, and of its values
 _WARPS, _STAGES = 4, 3  # of a program, and of its loads ahead
@@ -53,7 +54,7 @@ def _of_device(q_BNH, k_BKSH, v_BKSH, seen_BS):
     return pl.pallas_call(
       kernel, grid=(B, K), out_shape=jax.ShapeDtypeStruct((B, K, G, H), q_BNH.dtype),
       in_specs=[of_sequence(2), of_pair(G, H), of_pair(S, H), of_pair(S, H), of_sequence(S)],
-      out_specs=of_pair(G, H), interpret=interpret,
+      out_specs=of_pair(G, H), interpret=interpret, name=NAME,
       compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES))(*args)
   out_BKGH = jax.lax.platform_dependent(
     bounds_B2, q_BKGH, k_BKSH, v_BKSH, bias_BS, cuda=functools.partial(call, False),
