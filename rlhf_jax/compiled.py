@@ -49,7 +49,7 @@ def _operations(equation, trips):
     (contracted, _), _ = params['dimension_numbers']
     left = equation.invars[0].aval.shape
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted), 0.0
-  if name == 'pallas_call' and decode_kernel.NAME in str(params['name_and_src_info']):
+  if name == 'pallas_call' and params['name'] == decode_kernel.NAME:
     return _decoding(equation)
   if name in ('dot_product_attention_fwd_wrapper', 'dot_product_attention_bwd_wrapper'):
     return _cudnn(equation)
