@@ -205,6 +205,8 @@ def _apply_block(config, wanted, layer, *args):
   return _stream(x_BTD), cache
 
 
+# Layers of which a scan stacks the cache, beside that which is stored layer by layer.
+_LAYERS_CACHED = 8
 # What a weight goes through before it is multiplied with: done again rather than kept, or all layers are kept gathered.
 _BEFORE_PRODUCTS = 'convert_element_type', 'sharding_constraint', 'reshape', 'transpose'
 _FUSED_ATTENTION = 'dot_product_attention_fwd_wrapper'  # cuDNN's: its output and the sums of its softmax
@@ -259,11 +261,21 @@ def _scanned(config, blocks, x_BTD, position_BT, sees, cache):
   def body(x_BTD, layer_and_cache):
     layer, layer_cache = layer_and_cache
     return apply(layer, x_BTD, position_BT, sees, layer_cache)
-  layers = {_without_L(name): stacked for name, stacked in blocks.items()}
+
+  def scan(x_BTD, first, last, stacked_cache):
+    # Layers in the compute dtype before the loop: one that casts its slices does so in both passes.
+    layers = {_without_L(name): stacked[first:last].astype(config.dtype)
+              for name, stacked in blocks.items()}
+    return jax.lax.scan(body, x_BTD, (layers, stacked_cache))
+
   if cache is None:
-    # All layers in the compute dtype at once: a loop that casts its slices does so in both passes.
-    layers = {name: stacked.astype(config.dtype) for name, stacked in layers.items()}
-    return jax.lax.scan(body, x_BTD, (layers, None))
-  stacked_cache = jax.tree.map(lambda *layers: jnp.stack(layers), *cache)
-  x_BTD, stacked_cache = jax.lax.scan(body, x_BTD, (layers, stacked_cache))
-  return x_BTD, tuple(tuple(x[i] for x in stacked_cache) for i in range(config.layers))
+    return scan(x_BTD, 0, config.layers, None)
+  written = []
+  for first in range(0, config.layers, _LAYERS_CACHED):
+    some = cache[first:first + _LAYERS_CACHED]
+    stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *some)
+    x_BTD, stacked = scan(x_BTD, first, first + len(some), stacked)
+    some = tuple(tuple(x[i] for x in stacked) for i in range(len(some)))
+    x_BTD, some = jax.lax.optimization_barrier((x_BTD, some))  # the stack goes before the next comes
+    written += some
+  return x_BTD, tuple(written)
