@@ -6,8 +6,9 @@
 
 The five programs of a run (SFT step, reward step, generate, experience, PPO update) are compiled by the functions that the
 stages call, from shapes alone: `--on` takes what `--plan` takes. Each is traced, lowered to StableHLO and compiled, each
-timed; no cache is read or written. `--threads 2` compiles two at a time: the total is what a clock shows. Without `--experiment` the sizes are 64 sequences of 512 + 53 tokens
-and PPO with 4 epochs of 4 minibatches; with it, they are those of that experiment.
+timed; no cache is read or written. `--threads 2` compiles two at a time: the total is what a clock shows. Without
+`--experiment` the sizes are 64 sequences of 512 + 53 tokens and PPO with 4 epochs of 4 minibatches; with it, they are those
+of that experiment.
 
 XLA compiles for an absent GPU by heuristics where it would measure kernels on a present one, so there it takes longer.
 Temporaries are those of one device. Kernels are counted in the compiled program and in each trip of its loops

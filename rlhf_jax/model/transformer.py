@@ -22,7 +22,6 @@ from rlhf_jax.model.config import ModelConfig
 from rlhf_jax.model.partition import batch_parts, constrain, cuts_parameters, for_lookup, gathered
 
 
-
 def _gelu(x):
   """x times the normal distribution function of x. Hendrycks and Gimpel 2016 (1606.08415).
 
