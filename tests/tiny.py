@@ -58,3 +58,25 @@ def values_of(model, params, rows, length):
   """For every row a float64 [len]: the scalar after each token."""
   value_BT = np.asarray(_values(model, params, *pad(rows, ['right'] * len(rows), length)), np.float64)
   return [value_T[:len(row)] for value_T, row in zip(value_BT, rows)]
+
+
+def by_cudnn(given):
+  """A configuration with cuDNN's attention: on a CPU the same call by XLA, here in float32.
+
+  The kernel itself computes in bfloat16 and refuses others. In float32 nothing is lost in rounding, so
+  that numbers can be compared closely.
+  """
+  made = dataclasses.replace(given, attention='cudnn', dtype='bfloat16')
+  object.__setattr__(made, 'dtype', 'float32')
+  return made
+
+
+def equations(jaxpr):
+  """All of a program, whatever they are inside of."""
+  for equation in jaxpr.eqns:
+    yield equation
+    is_program = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
+    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        yield from equations(inner)

@@ -58,11 +58,12 @@ def _stream(model, params, tokens_BT, position_BT, sees, wanted):
 def _hidden_of_dense(model, params, tokens_BT, valid_BT, wanted):
   """`hidden` of rows whose padding is moved behind their tokens, for a kernel that takes lengths.
 
-  Tokens are moved before the first block, and the stream is moved back after the last.
+  Tokens are moved before the first block, and the stream is moved back after the last. A window
+  counts the tokens of a row, not its slots, where a row has padding between its tokens.
   """
   odd = tokens_BT.shape[1] % 2  # the kernel takes even lengths: once here, or in every block
   tokens_BT, valid_BT = (jnp.pad(x_BT, ((0, 0), (0, odd))) for x_BT in (tokens_BT, valid_BT))
-  slot_BT = positions(valid_BT)  # of every valid token in its dense row
+  slot_BT = _dense_slots(valid_BT)
   dense = _dense(model.config, tokens_BT, valid_BT)
   if wanted is None or isinstance(wanted, int):
     hidden_BTD = _stream(model, params, *dense, None)
@@ -79,7 +80,7 @@ def prefill(apply, config, tokens_BP, valid_BP, cache):
   P = tokens_BP.shape[1]
   if not running.takes_dense_rows(config):
     return apply(tokens_BP, positions(valid_BP), causal(config, valid_BP), cache, 0, wanted=P - 1)
-  slot_BP = positions(valid_BP)
+  slot_BP = _dense_slots(valid_BP)
   hidden_B1D, cache = apply(*_dense(config, tokens_BP, valid_BP), cache, 0, wanted=slot_BP[:, -1])
 
   def moved(x_BKSH):
@@ -90,20 +91,30 @@ def prefill(apply, config, tokens_BP, valid_BP, cache):
 
 
 def _dense(config, tokens_BT, valid_BT):
-  """(tokens, positions, Causal) of the rows with their padding behind the tokens."""
-  slot_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-  segment_BT = (slot_BT < valid_BT.sum(1, keepdims=True)).astype(jnp.int32)
-  return dense_rows(tokens_BT, valid_BT), slot_BT, Causal(segment_BT, config.window, dense=True)
+  """(tokens, positions, Causal) of the rows with their padding behind the tokens.
+
+  Padding keeps its position too: where a row has no token before its response, the first is drawn
+  from what is said of the padding before it.
+  """
+  segment_BT = jnp.arange(tokens_BT.shape[1]) < valid_BT.sum(1, keepdims=True)
+  return (dense_rows(tokens_BT, valid_BT), dense_rows(positions(valid_BT), valid_BT),
+          Causal(segment_BT.astype(jnp.int32), config.window, dense=True))
+
+
+def _dense_slots(valid_BT):
+  """Where `dense_rows` has each slot, int32."""
+  padding_BT = valid_BT.sum(1, dtype=jnp.int32, keepdims=True) + positions(~valid_BT)
+  return jnp.where(valid_BT, positions(valid_BT), padding_BT)
 
 
 def dense_rows(x_BT, valid_BT):
-  """Rows [B, T, ...] with the valid tokens first, in their order, and the padding behind them."""
+  """Rows [B, T, ...] with the valid tokens first and the padding behind them, both in their order."""
   order_BT = jnp.argsort(~valid_BT, axis=1, stable=True)
   return _at(x_BT, order_BT)
 
 
 def _at(x_BT, slot_BT):
-  """Of every row [T, ...] the slots that are named, of which no valid token's is named twice."""
+  """Of every row [T, ...] the slots that are named, of which none is named twice."""
   slot_BT = slot_BT.reshape(*slot_BT.shape, *[1] * (x_BT.ndim - 2))
   return jnp.take_along_axis(x_BT, slot_BT, axis=1, mode='clip')
 
