@@ -115,7 +115,11 @@ class Block(nn.Module):
     if cache is not None:
       cache = write(cache, k_BKTH, v_BKTH, slot)
     k_BKSH, v_BKSH = cache if isinstance(sees, Seen) and cache is not None else (k_BKTH, v_BKTH)
-    attended_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, _of_chosen(sees, wanted), running.attention_kernel(c))
+    kernel = running.attention_kernel(c)
+    chosen = _of_chosen(sees, wanted)
+    if isinstance(chosen, Seen) and cache is None:
+      kernel = 'xla'  # of one token a row, to be differentiated: the kernel of decoding cannot be
+    attended_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, chosen, kernel)
     out_BTD = _product(attended_BTNH, weight('o_NHD'), contracted=2)
     return (out_BTD + weight('o_bias_D') if c.output_bias else out_BTD), cache
 
