@@ -133,8 +133,9 @@ def _kept_bytes(config, tokens):
   """Bytes that 'dots' keeps: of each token and block what products give, and the stream."""
   heads = (2 * config.query_heads + 2 * config.kv_heads) * config.head_width
   inner = (2 if config.gated else 1) * config.feedforward_width
+  stream = (1 if config.parallel_residual else 2) * config.width  # before and after attention
   a_number = 2 if config.dtype == 'bfloat16' else 4
-  return tokens * config.layers * (heads + inner + 2 * config.width) * a_number
+  return tokens * config.layers * (heads + inner + stream) * a_number
 
 
 def _memory(device):
