@@ -259,11 +259,11 @@ def _set(config, name, value, whole):
   if rest:
     return dataclasses.replace(config, **{head: _set(getattr(config, head), rest, value, whole)})
   value = _SWITCHES.get(head, {}).get(value.lower(), value)
-  if isinstance(getattr(config, head), bool):
+  said, kind = io.StringIO(), typing.get_type_hints(type(config))[head]
+  if kind is bool:
     if value not in ('True', 'False', 'true', 'false'):
       raise ConfigError(f'{whole}={value!r} is not a truth value. Write True or False.')
     return dataclasses.replace(config, **{head: value.lower() == 'true'})
-  said, kind = io.StringIO(), typing.get_type_hints(type(config))[head]
   try:
     with redirect_stdout(said), redirect_stderr(said):
       parsed = tyro.cli(dataclasses.make_dataclass('Setting', [(head, kind)]), args=[f'--{head}={value}'])

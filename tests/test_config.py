@@ -53,6 +53,13 @@ def setting(config, name):
   ('ppo.experience.bessel', 'False', False),
   ('ppo.experience.missing_end_score', '-1.5', -1.5),
   ('sft.optimizer.schedule', 'constant', 'constant'),
+  ('remat', 'dots', 'dots'),
+  ('remat', 'True', 'block'),
+  ('remat', True, 'block'),
+  ('remat', 'false', 'none'),
+  ('scan_layers', 'True', True),
+  ('scan_layers', 'false', False),
+  ('attention', 'cudnn', 'cudnn'),
 ])
 def test_a_setting_is_read_as_its_flag_would_be(name, said, value):
   changed = override(Experiment(), {name: said})
@@ -102,6 +109,8 @@ def test_an_unknown_setting_names_the_nearest(name, says):
   ('ppo.shared_trunk', 'yes', "shared_trunk='yes' is not a truth value. Write True or False"),
   ('mesh.runner', 'mpi', "runner='mpi' is not .*'single', 'pmap', 'sharded'"),
   ('ppo.loss.value_clip', 'off', r"value_clip='off' is not a float \| None"),
+  ('remat', 'all', "remat='all' is not .*'auto', 'none', 'dots', 'block'"),
+  ('scan_layers', 'often', r"scan_layers='often' is not a bool \| None"),
 ])
 def test_a_value_that_cannot_be_read(name, value, says, capsys):
   with pytest.raises(ConfigError, match=says):
@@ -169,6 +178,48 @@ def test_flags():
     'data.limits.too_long': 'truncate'})
   assert parsed() == (Experiment(), Where())
   assert parsed('--ppo.kl_weight', '0.2')[0].ppo.kl_weight == 0.2
+
+
+@pytest.mark.parametrize('flags, remat, scan_layers', [
+  ([], 'auto', None),
+  (['--remat'], 'block', None),
+  (['--no-remat'], 'none', None),
+  (['--remat', 'dots'], 'dots', None),
+  (['--remat=none'], 'none', None),
+  (['--remat', '--scan-layers'], 'block', True),
+  (['--scan-layers', '--no-remat'], 'none', True),
+  (['--no-scan-layers', '--remat'], 'block', False),
+  (['--scan_layers', '--seed', '3'], 'auto', True),
+  (['--scan-layers', 'False'], 'auto', False),
+])
+def test_settings_that_were_switches_are_still_set_like_them(flags, remat, scan_layers):
+  experiment, where = parsed(*flags, '--out', 'here')
+  assert (experiment.remat, experiment.scan_layers, where) == (remat, scan_layers, Where('here'))
+  turned = override(Experiment(), {'remat': 'block', 'scan_layers': True})       # what the command line goes over
+  again, _ = parse(turned, Where(), '', flags)
+  assert again.remat == ('block' if remat == 'auto' else remat)
+  assert again.scan_layers == (True if scan_layers is None else scan_layers)
+
+
+def test_a_switch_can_be_left_to_the_device():
+  turned = override(Experiment(), {'remat': True, 'scan_layers': True})
+  back, _ = parse(turned, Where(), '', ['--scan-layers', 'None', '--remat', 'auto'])
+  assert back == Experiment()
+  assert override(turned, {'scan_layers': None, 'remat': 'auto'}) == Experiment()
+
+
+def test_code_may_say_remat_as_it_did():
+  assert [Experiment(remat=said).remat for said in (True, False, 'dots')] == ['block', 'none', 'dots']
+  assert to_json(Experiment(remat=True))['remat'] == 'block'
+
+
+def test_other_flags_are_handed_on_as_they_are():
+  """A value that looks like a switch, and a flag that begins like one."""
+  assert parsed('--out', 'remat')[1] == Where('remat')
+  assert parsed('--preset', 'no-remat')[0].preset == 'no-remat'
+  for flag in ('--rematerialise', '--no-attention'):
+    with pytest.raises(SystemExit):
+      parsed(flag)
 
 
 def test_the_default_is_that_of_the_experiment():
@@ -243,6 +294,9 @@ def test_help_has_the_comments(capsys):
    'experience kl_limit=nan. It must be positive, or None for no limit'),
   (lambda: RewardConfig(centring_weight=-0.1),
    'reward centring_weight=-0.1. It must be finite and not below 0'),
+  (lambda: Experiment(ppo=PPOConfig(frozen_dtype='bfloat16')),
+   '--ppo.frozen-dtype bfloat16 with --dtype float32: the reference would be another model than the '
+   'one that is trained. Pass --dtype bfloat16 too'),
   (lambda: Experiment(seed=-1), 'experiment seed=-1. It must be from 0 to 2147483647'),
   (lambda: Experiment(seed=2 ** 31),
    'experiment seed=2147483648. .* and larger seeds repeat it. Pass a smaller number'),
@@ -256,6 +310,7 @@ def test_what_lies_on_the_edge_is_taken():
   Experiment(seed=0), Experiment(seed=2 ** 31 - 1)
   PPOConfig(kl_weight=0.0, reward_model_weight=-1.0, kl_stop_nats_per_sequence=INF)
   PPOLossConfig(value_weight=0.0, entropy_weight=-0.01), ExperienceConfig(missing_end_score=-1.5)
+  Experiment(dtype='bfloat16', ppo=PPOConfig(frozen_dtype='bfloat16')), Experiment(dtype='bfloat16')
 
 
 def test_configs_are_frozen():
@@ -268,6 +323,10 @@ def test_how_a_run_is_computed_may_change_and_nothing_else():
     'mesh.runner': 'pmap', 'attention': 'splash', 'remat': True, 'scan_layers': True,
     'sft.microbatches': 2, 'ppo.microbatches': 2, 'ppo.slots': 8, 'ppo.gather': False}
   assert config.changes(written, override(Experiment(), computed)) == []
+  for more in ({'remat': 'dots', 'attention': 'cudnn', 'scan_layers': False}, {'remat': 'none', 'attention': 'xla'}):
+    assert config.changes(written, override(Experiment(), more)) == []
+  before = written | {'remat': False, 'scan_layers': False, 'attention': 'xla'}  # as an older version wrote it
+  assert config.changes(before, override(Experiment(), computed)) == []
   others = override(Experiment(), {
     'dtype': 'bfloat16', 'ppo.minibatches': 2, 'sft.optimizer.moment_dtype': 'bfloat16'})
   assert [change.partition(':')[0] for change in config.changes(written, others)] == [
