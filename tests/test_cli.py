@@ -253,8 +253,13 @@ def test_sequences_longer_than_the_context(tmp_path):
   (('--preset', 'nanoo'), "ConfigError: there is no model preset 'nanoo'. Choose one of: nano"),
   (('--mesh.runner', 'pmap', '--ppo.slots', '12'), 'ConfigError: --ppo.slots is 12, which does not divide over the 8 parts'),
   (('--mesh.cpu-devices', '3'), 'ConfigError: 3 CPU devices are asked for, but this process has 8'),
-  (('--attention', 'splash'), '--attention splash is for a TPU, but the devices here are CPUs. Use --attention xla'),
-  (('--attention', 'cudnn', '--dtype', 'bfloat16'), 'ConfigError: --attention cudnn is for a GPU, but'),
+  (('--attention', 'splash'),
+   'ConfigError: --attention splash: it is for TPUs, and the device here is a CPU. Choose another: '
+   '--attention auto would take xla.'),
+  (('--attention', 'cudnn', '--dtype', 'bfloat16'),
+   'ConfigError: --attention cudnn: it is for GPUs, and the device here is a CPU. Choose another: '
+   '--attention auto would take xla.'),
+  (('--ppo.frozen-dtype', 'bfloat16'), 'ConfigError: --ppo.frozen-dtype bfloat16 with --dtype float32'),
   (('--attention', 'cudnn'), "ConfigError: model attention='cudnn' with dtype='float32'"),
 ])
 def test_a_mistake_is_one_line_and_status_2(tmp_path, capsys, flags, match):

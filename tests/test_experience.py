@@ -6,6 +6,7 @@ If a golden test fails after a change, the change is wrong, or needs a named swi
 import functools
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
+from rlhf_jax.config import Experiment, PPOConfig
 from rlhf_jax.errors import AxesError, ConfigError
 from rlhf_jax.experience import ExperienceConfig, experience, shaped_rewards
 from rlhf_jax.generate import generate
@@ -23,6 +25,7 @@ from rlhf_jax.maths.masked import masked_mean, whiten
 from rlhf_jax.maths.sampling import Sampling
 from rlhf_jax.model.heads import Models
 from rlhf_jax.records import Prompts, Rollout
+from rlhf_jax.stages.ppo import as_frozen
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 P, R = 3, 6
@@ -388,3 +391,36 @@ def test_extras_of_another_length_are_refused(setting):
 def test_a_misspelt_switch_is_named(changes, message):
   with pytest.raises(ConfigError, match=message):
     ExperienceConfig(**changes)
+
+
+# ---- frozen models in bfloat16
+
+def frozen_in(dtype, params):
+  run = types.SimpleNamespace(experiment=Experiment(dtype='bfloat16', ppo=PPOConfig(frozen_dtype=dtype)))
+  return {name: as_frozen(run, each) for name, each in params.items()}
+
+
+def test_frozen_models_in_bfloat16_change_no_number():
+  """Of models that compute in it: an Experience to the bit, and a KL of 0 to a reference that is the policy."""
+  policy, value = tiny.models(dtype='bfloat16', scan_layers=True)
+  models = Models(policy, value, value)
+  params = {'policy': tiny.params(policy, 1), 'value': {'scalar': tiny.params(value, 2)['scalar']}}  # on its trunk
+  kept = {'reference': params['policy'], 'reward': tiny.params(value, 4)}
+  look_back = jax.jit(lambda params, frozen: experience(
+    models, params, frozen, rollout(), ExperienceConfig(), temperature=TEMPERATURE, kl_weight=KL_WEIGHT))
+  (lessons, metrics), (expected, expected_metrics) = (
+    look_back(params, frozen_in(dtype, kept)) for dtype in ('bfloat16', 'float32'))
+  assert metrics['kl_nats_per_sequence'].value() == 0 != metrics['score'].value()
+  for x, y in zip(jax.tree.leaves((lessons, metrics)), jax.tree.leaves((expected, expected_metrics)), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_what_a_frozen_model_keeps_in_bfloat16():
+  """All but the scalar head, which computes in float32; and nothing of what the caller holds is changed."""
+  policy, value = tiny.models()
+  params = {'reference': tiny.params(policy, 1), 'reward': tiny.params(value, 2)}
+  kept = frozen_in('bfloat16', params)
+  dtypes = lambda tree: {x.dtype.name for x in jax.tree.leaves(tree)}
+  assert dtypes(kept['reference']) == dtypes(kept['reward']['backbone']) == {'bfloat16'}
+  assert dtypes(kept['reward']['scalar']) == dtypes(params) == dtypes(frozen_in('float32', params)) == {'float32'}
+  assert jax.tree.structure(kept) == jax.tree.structure(params)

@@ -13,7 +13,7 @@ import tiny
 
 from rlhf_jax import runners
 from rlhf_jax.errors import ConfigError, ShardingError
-from rlhf_jax.generate import generate, ring_growth
+from rlhf_jax.generate import generate, loop_trips, ring_growth
 from rlhf_jax.maths.sampling import Sampling, sample_tokens, uniforms
 from rlhf_jax.model import forward
 from rlhf_jax.model.heads import LanguageModel, initial_params
@@ -244,10 +244,66 @@ def test_the_context_can_be_filled_to_the_last_slot():
   assert made.tokens_BT.shape == (B, MODEL.config.context_length)
 
 
-def test_bfloat16_decodes_what_it_trains():
-  model = LanguageModel(tiny.config('llama', dtype='bfloat16'))
+@pytest.mark.parametrize('attention', ['auto', 'cudnn'])
+def test_bfloat16_decodes_what_it_trains(attention):
+  model = LanguageModel(tiny.config('llama', dtype='bfloat16', head_width=16, attention=attention))
   fresh = jax.jit(initial_params, static_argnums=0)(model, jax.random.key(0))
   made = _generate(model, fresh, prompts(), KEY, Sampling(new_tokens=R))
   forced_BR = jax.jit(lambda p: forward.next_logprobs(model, p, made.tokens_BT, made.valid_BT, start=P)[0])(fresh)
   assert made.logprob_BR.dtype == jnp.float32
   assert np.abs(made.logprob_BR - forced_BR).max() < 0.05
+
+
+# ---- with the kernels of GPUs
+
+WINDOWED = tiny.config('llama', window=3, head_width=16)
+
+
+@functools.cache
+def windowed(by_cudnn, slots, sampling=PLAIN):
+  model = LanguageModel(tiny.by_cudnn(WINDOWED) if by_cudnn else WINDOWED)
+  return jax.device_get(_generate(model, tiny.params(LanguageModel(WINDOWED), 9), prompts(MANY), KEY, sampling, slots))
+
+
+@pytest.mark.parametrize('slots', [None, 4])
+def test_the_kernels_of_gpus_say_the_same(slots):
+  """All at once, in a cache that does not grow; and from a queue, around the ring and within the window."""
+  got, expected = windowed(True, slots), windowed(False, None)
+  assert len(set(expected.mask_BR.sum(1))) > 2 and not expected.ended_B.all()
+  for name in ('tokens_BT', 'valid_BT', 'mask_BR', 'ended_B', 'sample_B'):
+    np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
+  np.testing.assert_allclose(got.logprob_BR, expected.logprob_BR, atol=3e-5)
+
+
+def rings(config, slots=None):
+  """How long the caches are that decoding goes through, of prompts of 64 tokens and answers of as many."""
+  shapes = Prompts(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+    ((2, 64), jnp.int32), ((2, 64), jnp.bool_), ((2,), jnp.int32))))
+  model, sampling = LanguageModel(config), Sampling(new_tokens=64)
+  params = jax.eval_shape(functools.partial(initial_params, model), KEY)
+  program = jax.make_jaxpr(lambda p, prompts: generate(model, p, prompts, KEY, sampling, slots))(params, shapes)
+  caches = [x.aval.shape for e in tiny.equations(program.jaxpr) if e.primitive.name == 'while' for x in e.outvars
+            if len(x.aval.shape) == 4]
+  return sorted({shape[2] for shape in caches})
+
+
+def test_a_cache_that_is_not_read_whole_does_not_grow():
+  config = tiny.config('llama', head_width=16, context_length=128)
+  assert rings(config) == [80, 96, 112, 128]
+  assert rings(tiny.by_cudnn(config)) == [128]
+  assert rings(tiny.by_cudnn(dataclasses.replace(config, head_width=24))) == [80, 96, 112, 128]  # no kernel for that width
+  trips = lambda config: loop_trips(config, 2, 64, 64)
+  assert trips(config) == (63 / 4,) and trips(tiny.by_cudnn(config)) == (63,)
+
+
+def test_blocks_that_are_scanned_read_prompts_as_they_are_stored():
+  """Layers are split for decoding alone; the prefill scans the stacked ones."""
+  config = tiny.config('llama', layers=3, scan_layers=True)
+  model = LanguageModel(config)
+  params = jax.eval_shape(functools.partial(initial_params, model), KEY)
+
+  def scans(config):
+    run = lambda p: generate(LanguageModel(config), p, prompts(), KEY, PLAIN)
+    program = jax.make_jaxpr(run)(params)
+    return sum(e.primitive.name == 'scan' and e.params['length'] == 3 for e in tiny.equations(program.jaxpr))
+  assert scans(config) == 1 and scans(dataclasses.replace(config, scan_layers=False)) == 0

@@ -45,7 +45,7 @@ def test_a_program_may_use_less_than_the_board_has(kind, gigabytes):
 
 # No two arrays have the same shape by accident; 2,048 tokens a GPU are unembedded in pieces.
 SETUP = """
-import collections, functools, json, math
+import collections, dataclasses, functools, json, math, re
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -220,4 +220,89 @@ print(json.dumps({'too_large': [cost.name for cost in made.too_large],
 def test_a_kernel_for_tpus_is_refused():
   found = planned('h100:8', '--attention', 'splash')
   assert found.returncode == 2
-  assert '--attention splash is for a TPU, but the devices here are GPUs. Use --attention cudnn, or xla.' in found.stderr
+  says = '--attention splash: it is for TPUs, and the device here is a GPU. Choose another: --attention auto would take xla.'
+  assert says in found.stderr
+
+
+# ---- one GPU: what is in the programs
+
+ONE_GPU = """
+import functools
+from rlhf_jax.model import forward
+from rlhf_jax.model.device import describe
+from rlhf_jax.model.heads import LanguageModel, initial_params
+from rlhf_jax.generate import generate
+from rlhf_jax.maths.sampling import Sampling
+from rlhf_jax.records import Prompts
+
+[gpu] = chips.devices('h100:1')
+place = SingleDeviceSharding(gpu)
+at = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+B, T = 4, 128
+
+
+def model(**changes):
+  # Three layers, heads of 64 numbers; no other array has two axes of 128 slots.
+  settings = {'dtype': 'bfloat16', 'device': describe(gpu, 80 * 10**9), 'context_length': 2048} | changes
+  return LanguageModel(dataclasses.replace(THIN, **settings))
+
+
+def params(model):
+  shapes = jax.eval_shape(functools.partial(initial_params, model), jax.random.key(0))
+  return jax.tree.map(lambda x: at(x.shape, x.dtype), shapes)
+
+
+def gradient(model, start=1, packed=False):
+  # Of log-probabilities from a slot on: of SFT, or of PPO's responses.
+  def total(p, tokens, valid, *segments):
+    segment = segments[0] if segments else None
+    return forward.next_logprobs(model, p, tokens, valid, start=start, segment_BT=segment)[0].sum()
+  args = at((B, T), 'int32'), at((B, T), 'bool'), *([at((B, T), 'int32')] if packed else [])
+  return jax.jit(jax.grad(total)).lower(params(model), *args).compile().as_text()
+
+
+def kernels(text):
+  forward = sum(text.count(f'custom_call_target="__cudnn$fmha{name}"') for name in ('Softmax', 'ScaleBiasSoftmax'))
+  backward = text.count('custom_call_target="__cudnn$fmha') - forward
+  masks = len(re.findall(r'(?:pred|bf16|f32)\\[(?:\\d+,)*128,128\\]', text))
+  return {'forward': forward, 'backward': backward, 'biased': text.count('ScaleBiasSoftmax'), 'masks': masks}
+"""
+
+
+@needs_compiler
+def test_a_gradient_has_one_kernel_forward_and_one_backward_and_no_mask():
+  """In the compiled loop over layers; 'block' has the one forward twice."""
+  found = compiled_for_gpus(ONE_GPU + """
+print(json.dumps({
+  'sft': kernels(gradient(model(remat='dots'))),
+  'ppo': kernels(gradient(model(remat='dots'), start=65)),
+  'auto': kernels(gradient(model())),
+  'block': kernels(gradient(model(remat='block'))),
+  'packed': kernels(gradient(model(remat='dots'), packed=True)),
+  'window': kernels(gradient(model(remat='dots', window=32)))}))
+""")
+  once = {'forward': 1, 'backward': 1, 'biased': 0, 'masks': 0}
+  assert found['sft'] == found['ppo'] == found['auto'] == found['window'] == once
+  assert found['block'] == once | {'forward': 2}
+  assert (found['packed']['forward'], found['packed']['backward']) == (1, 1)
+  assert found['packed']['biased'] >= 2 and found['packed']['masks']
+
+
+@needs_compiler
+def test_answers_are_decoded_by_one_kernel_a_layer():
+  """Three layers, unrolled in the loop; heads of a width that Triton does not load are left to XLA."""
+  found = compiled_for_gpus(ONE_GPU + """
+def decoder(**changes):
+  made = model(**changes)
+  prompts = Prompts(at((B, 64), 'int32'), at((B, 64), 'bool'), at((B,), 'int32'))
+  run = lambda p, prompts, seed: generate(made, p, prompts, jax.random.key(seed), Sampling(new_tokens=64))
+  text = jax.jit(run).lower(params(made), prompts, at((), 'int32')).compile().as_text()
+  return {'triton': text.count('custom_call_target="__gpu$xla.gpu.triton"'), **kernels(text)}
+
+
+print(json.dumps({'kernel': decoder(), 'plain': decoder(attention='xla'), 'width': decoder(head_width=48)}))
+""")
+  assert found['kernel']['triton'] == 3 + found['plain']['triton']
+  assert (found['kernel']['forward'], found['kernel']['backward']) == (1, 0)    # of the prompts, scanned
+  assert found['width']['triton'] == found['plain']['triton'] and found['width']['forward'] == 1
+  assert found['plain']['forward'] == 0

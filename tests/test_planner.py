@@ -298,8 +298,8 @@ FSDP = {'data': 1, 'fsdp': 8, 'tensor': 1}
 
 @pytest.mark.parametrize('found, expected', [
   (lambda: tried('SFT step', 'sft', FSDP, sft__batch_size=32, sft__microbatches=1),
-   [{'remat': True}, {'remat': True, 'sft.microbatches': 2}, {'remat': True, 'sft.microbatches': 4},
-    {'remat': True, 'sft.microbatches': 4, 'sft.optimizer.moment_dtype': 'bfloat16'}]),
+   [{'remat': 'block'}, {'remat': 'block', 'sft.microbatches': 2}, {'remat': 'block', 'sft.microbatches': 4},
+    {'remat': 'block', 'sft.microbatches': 4, 'sft.optimizer.moment_dtype': 'bfloat16'}]),
   (lambda: tried('reward step', 'reward', FSDP, remat=True, reward__batch_size=8,
                  reward__optimizer__moment_dtype='bfloat16'), []),              # nothing is left to try
   (lambda: tried('PPO update', 'ppo', FSDP, remat=True, ppo__batch_size=32, ppo__minibatches=2),

@@ -45,12 +45,12 @@ HALVED = '--sft.optimizer.moment-dtype bfloat16'
 
 
 @pytest.mark.parametrize('settings, stage, program, says, helps', [
-  ({}, 'sft', 'step', 'SFT step', f'{CUT} --remat --sft.microbatches 2 {HALVED}'),
+  ({}, 'sft', 'step', 'SFT step', f'{CUT} --remat block --sft.microbatches 2 {HALVED}'),
   ({'remat': True, 'sft.batch_size': 64, 'sft.microbatches': 4}, 'sft', 'step', 'SFT step',
    f'{CUT} --sft.microbatches 8 {HALVED}'),
   ({'remat': True, 'sft.batch_size': 64, 'sft.microbatches': 4, 'mesh.fsdp': 8}, 'sft', 'step',
    'SFT step', f'--sft.microbatches 8 {HALVED}'),
-  ({}, 'ppo', 'update', 'PPO update', f'{CUT} --remat --ppo.optimizer.moment-dtype bfloat16'),
+  ({}, 'ppo', 'update', 'PPO update', f'{CUT} --remat block --ppo.optimizer.moment-dtype bfloat16'),
   ({}, 'ppo', 'generate', 'generate', f'{CUT} --ppo.slots 8 --ppo.no-gather'),
   ({}, 'reward', 'generate', 'generate', f'{CUT} --ppo.slots 8 --ppo.no-gather'),
   ({'mesh.fsdp': 8}, 'ppo', 'look_back', 'experience', ''),

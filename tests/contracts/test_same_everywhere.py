@@ -9,10 +9,14 @@ import re
 import jax
 import numpy as np
 import pytest
-from workloads import POLICY, RUNNERS, STAGES, batch_of, policy_and_value_params, policy_params, prompts
+import tiny
+from workloads import CONFIG, POLICY, RUNNERS, STAGES, batch_of, policy_and_value_params, policy_params, prompts
 
 from rlhf_jax.generate import generate
+from rlhf_jax.losses.language import cross_entropy
 from rlhf_jax.maths.sampling import Sampling
+from rlhf_jax.model import decode_kernel
+from rlhf_jax.model.heads import LanguageModel
 from rlhf_jax.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.runners import single
 from rlhf_jax.step import init_state, make_train_step
@@ -22,9 +26,10 @@ STEPS = 3
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, epsilon=1e-5)
 
 
-def _train(runner, stage, microbatches=1):
+def _train(runner, stage, microbatches=1, loss_fn=None):
   """(parameters, losses) after three steps, and the state before them, its compiled program's text."""
-  loss_fn, make_params, _ = STAGES[stage]
+  usual, make_params, _ = STAGES[stage]
+  loss_fn = loss_fn or usual
   optimizer = make_optimizer(OPTIMIZER)
   state = runner.initialise(lambda key: init_state(make_params(key), optimizer), jax.random.key(3))
   step = runner.compile(make_train_step(loss_fn, optimizer, axis_name=runner.axis_name, microbatches=microbatches),
@@ -86,6 +91,15 @@ def test_microbatches_on_a_mesh():
   _agree('sft', *_train(RUNNERS['fsdp x tensor'](), 'sft', microbatches=4)[:2])
 
 
+GPU_POLICY = LanguageModel(tiny.by_cudnn(CONFIG))
+
+
+@pytest.mark.parametrize('where', ['pmap', 'fsdp x tensor'])
+def test_the_attention_of_gpus(where):
+  """Rows moved to slot 0 on, on every device its own; heads cut over `tensor`."""
+  _agree('sft', *_train(RUNNERS[where](), 'sft', loss_fn=cross_entropy(GPU_POLICY))[:2])
+
+
 def test_a_mean_of_means_would_differ():
   """The batches are ragged enough that averaging microbatches' losses is another number: the contract has teeth."""
   loss_fn, params, batch = jax.jit(STAGES['sft'][0]), policy_params(jax.random.key(3)), batch_of('sft')
@@ -116,6 +130,19 @@ def test_generate(where, slots):
   np.testing.assert_array_equal(rollout.mask_BR, alone.mask_BR)
   np.testing.assert_allclose(rollout.logprob_BR, alone.logprob_BR, atol=1e-5)
   assert 0 < rollout.ended_B.sum() < len(rollout.ended_B)                       # some end early, some are cut
+
+
+@pytest.mark.parametrize('where, slots', [('pmap', 1), ('tensor', None), ('fsdp x tensor', 8)])
+def test_generate_with_the_kernels_of_gpus(where, slots, monkeypatch):
+  """Prompts moved to slot 0 and back, and decoding by one kernel, in its interpreter, which takes heads of any width."""
+  monkeypatch.setattr(decode_kernel, 'allows', lambda head_width: True)
+  runner = RUNNERS[where]()
+  run = runner.compile(functools.partial(generate, GPU_POLICY, sampling=SAMPLING, slots=slots),
+                       inputs=('params', 'batch', 'same'), outputs='batch')
+  rollout, alone = runner.fetch(run(policy_params(jax.random.key(3)), prompts(), jax.random.key(1))), _answers_alone()
+  np.testing.assert_array_equal(rollout.tokens_BT, alone.tokens_BT)
+  np.testing.assert_array_equal(rollout.mask_BR, alone.mask_BR)
+  np.testing.assert_allclose(rollout.logprob_BR, alone.logprob_BR, atol=1e-5)
 
 
 def test_generate_does_not_depend_on_the_batch():

@@ -21,6 +21,7 @@ import pytest
 import torch
 from plain_model import flat
 from small import copy, experiment, prepare, presets, task  # noqa: F401  presets: a fixture
+from tiny import equations
 
 from experiments import hh, quickstart, tldr
 from rlhf_jax import cli, planner
@@ -31,6 +32,8 @@ from rlhf_jax.data import encode, simulated
 from rlhf_jax.errors import ConfigError, DataError, ShardingError
 from rlhf_jax.metrics import read_metrics, read_samples
 from rlhf_jax.model import config as model_config
+from rlhf_jax.model import running
+from rlhf_jax.model.device import Device
 from rlhf_jax.model.heads import initial_params
 from rlhf_jax.stages import answers, descent, ppo, reward, sft
 
@@ -731,7 +734,7 @@ TRACED = {
 }
 OTHER = {
   'dtype': 'bfloat16', 'remat': True, 'scan_layers': True, 'sft.microbatches': 3,
-  'reward.microbatches': 2, 'ppo.microbatches': 4, 'ppo.slots': 5,
+  'reward.microbatches': 2, 'ppo.microbatches': 4, 'ppo.slots': 5, 'ppo.frozen_dtype': 'bfloat16',
   **{f'{stage}.optimizer.moment_dtype': 'bfloat16' for stage in ('sft', 'reward', 'ppo')},
 }
 
@@ -746,17 +749,6 @@ def traced(settings, stages=planner.STAGES):
 def both():
   """The programs of the default settings, and of the others."""
   return traced({}), traced(OTHER)
-
-
-def equations(jaxpr):
-  """All of a program, whatever they are inside of."""
-  for equation in jaxpr.eqns:
-    yield equation
-    is_program = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
-    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
-      inner = getattr(value, 'jaxpr', value)
-      if hasattr(inner, 'eqns'):
-        yield from equations(inner)
 
 
 def count(program, name, holds=lambda equation: True):
@@ -819,6 +811,15 @@ def test_moments_are_stored_in_their_dtype(both):
     assert [dtypes(programs[name]) for programs in both] == [{'float32'}, {'bfloat16', 'float32'}]
 
 
+def test_frozen_models_are_kept_in_their_dtype(both):
+  """Where they are used, and in what a plan counts: half, but for the scalar head of 64 + 1 numbers."""
+  for name in ('generate', 'experience', 'PPO update'):
+    plain, other = (programs[name].holds['frozen'] for programs in both)
+    assert {x.dtype.name for x in jax.tree.leaves(plain)} == {'float32'}
+    assert planner._bytes(other) == planner._bytes(plain) / 2 + 2 * (64 + 1)
+  assert both[1]['experience'].args[1] is both[1]['experience'].holds['frozen']
+
+
 def test_so_many_answers_are_decoded_at_a_time(both):
   logits = lambda program, rows: count(
     program, 'dot_general', lambda e: e.outvars[0].aval.shape == (rows, 640)
@@ -844,14 +845,18 @@ def test_weights_are_gathered_once_before_decoding():
   assert outside({'ppo.gather': True}) - outside({'ppo.gather': False}) == 2 * 9 + 3
 
 
-@pytest.mark.parametrize('kernel, device', [('splash', 'tpu'), ('cudnn', 'gpu')])
-def test_attention_is_the_kernel_that_is_asked_for(kernel, device, monkeypatch, tmp_path):
-  settings = {'attention': kernel, 'dtype': 'bfloat16'}
-  with pytest.raises(ConfigError, match=f'--attention {kernel} is for a {device.upper()}'):
+@pytest.mark.parametrize('kernel, place', [
+  ('splash', Device('tpu', 2**34)), ('cudnn', Device('gpu', 2**34, 9.0))])
+def test_attention_is_the_kernel_that_is_asked_for(kernel, place, monkeypatch, tmp_path):
+  settings = {'attention': kernel, 'dtype': 'bfloat16', 'preset': 'nano'}
+  needed = f'--attention {kernel}: it is for {place.platform.upper()}s, and the device here is a CPU'
+  with pytest.raises(ConfigError, match=needed):
     prepare(tmp_path / 'here', settings=settings)
-  monkeypatch.setattr(cli.jax, 'default_backend', lambda: device)
-  run = prepare(tmp_path / 'there', settings=settings)
-  assert (run.policy.config.attention, run.reward.config.attention) == (kernel, kernel)
+  monkeypatch.setattr(cli, 'describe', lambda device, memory_bytes: place)
+  for name, expected in ((kernel, kernel), ('auto', kernel), ('xla', 'xla_loop')):
+    run = prepare(tmp_path / name, settings=settings | {'attention': name})
+    assert run.policy.config.device == run.reward.config.device == place
+    assert [running.attention_kernel(model.config) for model in (run.policy, run.reward)] == [expected] * 2
 
 
 def test_models_have_the_sizes_of_their_presets(tmp_path, second):
@@ -1043,6 +1048,7 @@ WIRED = (
     'reward.evaluate_every': test_evaluations_checkpoints_and_event_files,
     'reward.checkpoint_every': test_evaluations_checkpoints_and_event_files,
     'ppo.batch_size': test_answers_are_drawn_by_seed_and_iteration_at_the_temperature,
+    'ppo.frozen_dtype': test_frozen_models_are_kept_in_their_dtype,
     'ppo.slots': test_so_many_answers_are_decoded_at_a_time,
     'ppo.gather': test_weights_are_gathered_once_before_decoding,
     'ppo.lengths': _elsewhere('stages/test_ppo_stage.py', 'test_a_run_with_several_lengths'),

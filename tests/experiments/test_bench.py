@@ -16,6 +16,7 @@ from experiments.benchmarks import ceilings, measuring, running
 from rlhf_jax import runners
 from rlhf_jax.losses.language import cross_entropy
 from rlhf_jax.model.config import PRESETS, preset
+from rlhf_jax.model.device import Device
 from rlhf_jax.model.heads import LanguageModel, initial_params
 from rlhf_jax.records import Demonstrations
 
@@ -167,13 +168,22 @@ def test_the_fastest_form_is_the_ceiling(two_devices):
 
 # ---- how the model runs
 
-def test_flags_become_fields_and_auto_leaves_them_alone():
-  assert running.changes() == {}
-  fields = running.changes('splash', 'block', 'yes')
-  config = preset('nano', **fields)
-  assert running.chosen(config) == {'attention': 'splash', 'remat': 'block', 'scan': 'yes'}
-  config = preset('nano', **running.changes('xla', 'none', 'no'))
-  assert running.chosen(config) == {'attention': 'xla', 'remat': 'none', 'scan': 'no'}
+def test_flags_become_fields_and_auto_leaves_the_choice_to_the_device():
+  assert preset('nano', **running.changes()) == preset('nano')
+  config = preset('nano', dtype='bfloat16', **running.changes('cudnn', 'block', 'yes'))
+  assert (config.attention, config.remat, config.scan_layers) == ('cudnn', 'block', True)
+  assert running.chosen(config, 64) == {'attention': 'cudnn_by_xla', 'remat': 'block', 'scan': 'yes'}
+  config = preset('nano', **running.changes('xla', 'dots', 'no'))
+  assert running.chosen(config, 64) == {'attention': 'xla', 'remat': 'dots', 'scan': 'no'}
+
+
+def test_what_auto_took_is_said_for_the_tokens_of_an_update():
+  """nano, in float32: 2 layers of (2 * 4 + 2 * 2) heads of 16, twice 128, and twice 64 numbers a token."""
+  a_token = 2 * (192 + 256 + 128) * 4
+  on_gpu = preset('nano', device=Device('gpu', 5 * 100 * a_token, 9.0))
+  assert running.chosen(on_gpu, 100) == {'attention': 'xla_loop', 'remat': 'dots', 'scan': 'yes'}
+  assert running.chosen(on_gpu, 101)['remat'] == 'block'
+  assert running.chosen(preset('nano'), 101) == {'attention': 'xla', 'remat': 'none', 'scan': 'no'}
 
 
 def test_chunks_of_logits_take_under_a_third_of_the_memory(capsys):

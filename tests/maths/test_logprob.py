@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from rlhf_jax.errors import AxesError
-from rlhf_jax.maths.logprob import chunked_logprobs, entropy, token_logprobs
+from rlhf_jax.maths.logprob import chunked_logprobs, entropy, token_logprobs, whole_logprobs
 
 
 def log_softmax_by_numpy(logits):
@@ -151,3 +152,78 @@ def test_the_gradient_never_holds_the_logits_of_the_batch():
 def test_hidden_and_unembedding_must_agree():
   with pytest.raises(AxesError, match='unembed_DV has D=4, but hidden_BTD has D=5'):
     chunked_logprobs(jnp.zeros((1, 2, 5)), jnp.zeros((4, 3)), jnp.zeros((1, 2), int))
+
+
+# ---- logits that stay, and their gradient
+
+def gradient_of(function, *given, temperature=1., shape=(3, 7)):
+  """((gradient by hidden, by unembedding), (log-probabilities, entropies)) of a sum of both with uneven weights."""
+  hidden_BTD, unembed_DV, target_BT = given
+  weight_BT = jnp.asarray(np.random.default_rng(3).normal(0, 1, (2, *shape)), jnp.float32)
+
+  def mixed(hidden_BTD, unembed_DV):
+    out = function(hidden_BTD, unembed_DV, target_BT, temperature=temperature)
+    return jnp.sum(jnp.stack(out) * weight_BT), out
+  return jax.jit(jax.grad(mixed, (0, 1), has_aux=True))(hidden_BTD, unembed_DV)
+
+
+@pytest.mark.parametrize('temperature', [1., .7])
+def test_the_gradient_of_whole_logits_is_that_of_automatic_differentiation(temperature):
+  """Also by the entropy, and of targets outside the vocabulary."""
+  hidden_BTD, unembed_DV, target_BT = problem()
+  given = hidden_BTD, unembed_DV, target_BT.at[0, :2].set(jnp.array([-100, 11]))
+  (gradient, out), (expected_gradient, expected) = (
+    gradient_of(f, *given, temperature=temperature) for f in (whole_logprobs, direct))
+  assert not out[0][0, :2].any() and out[1][0, :2].all()
+  for a, b in zip((*gradient, *out), (*expected_gradient, *expected), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max())
+
+
+def test_a_target_outside_has_no_gradient_of_its_own():
+  hidden_BTD, unembed_DV, target_BT = problem()
+  total = lambda h, target: whole_logprobs(h, unembed_DV, target)[0].sum()
+  gradient_BTD = jax.grad(total)(hidden_BTD, target_BT.at[1, 3].set(11))
+  assert not gradient_BTD[1, 3].any() and gradient_BTD[1, 2].any()
+
+
+def test_logits_too_far_apart_for_float32_have_a_finite_gradient():
+  """Their difference is infinite, so one token has no probability at all."""
+  hidden_BTD, unembed_DV = jnp.ones((1, 1, 1)), jnp.array([[2e38, -2e38, 0.]])
+  total = lambda h: sum(x.sum() for x in whole_logprobs(h, unembed_DV, jnp.array([[0]])))
+  assert jnp.isfinite(jax.grad(total)(hidden_BTD)).all()
+
+
+@pytest.mark.parametrize('function', [whole_logprobs, lambda *a, **k: chunked_logprobs(*a, tokens_per_chunk=6, **k)])
+def test_in_bfloat16_products_are_rounded_and_sums_are_not(function):
+  """The gradient of the logits is rounded by 2^-9, as the stream is; the unembedding's is summed in float32."""
+  hidden_BTD, unembed_DV, target_BT = problem(D=64, V=50, dtype=jnp.bfloat16)
+  unembed_DV = unembed_DV.astype(jnp.float32)
+  gradient, out = gradient_of(function, hidden_BTD, unembed_DV, target_BT)
+  exact, expected = gradient_of(direct, hidden_BTD.astype(jnp.float32), unembed_DV, target_BT)
+  assert [x.dtype for x in (*gradient, *out)] == ['bfloat16', 'float32', 'float32', 'float32']
+  for a, b in zip(out, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  for a, b in zip(gradient, exact, strict=True):
+    apart = np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max()
+    assert 1e-5 < apart < 2 ** -7
+
+
+def products(function, dtype):
+  """Types of the operands of every product in a gradient by hidden and unembedding."""
+  hidden_BTD, unembed_DV, target_BT = problem(dtype=dtype)
+  total = lambda h, u: sum(x.sum() for x in function(h, u, target_BT))
+  program = jax.make_jaxpr(jax.grad(total, (0, 1)))(hidden_BTD, unembed_DV.astype(jnp.float32))
+  return [{x.aval.dtype.name for x in e.invars} for e in tiny.equations(program.jaxpr) if e.primitive.name == 'dot_general']
+
+
+def test_logits_that_stay_are_made_once():
+  """Of chunks they are made once more for the gradient."""
+  chunked = lambda *a: chunked_logprobs(*a, tokens_per_chunk=6)
+  for dtype in ('float32', 'bfloat16'):
+    assert products(whole_logprobs, dtype) == [{dtype}] * 3
+    assert products(chunked, dtype) == [{dtype}] * 4
+
+
+def test_whole_logits_must_agree_with_the_unembedding():
+  with pytest.raises(AxesError, match='unembed_DV has D=4, but hidden_BTD has D=5'):
+    whole_logprobs(jnp.zeros((1, 2, 5)), jnp.zeros((4, 3)), jnp.zeros((1, 2), int))

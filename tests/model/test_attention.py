@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ from families import FAMILIES
 from jax._src.cudnn import fused_attention_stablehlo
 
 from rlhf_jax import runners
-from rlhf_jax.errors import ConfigError, ShardingError
-from rlhf_jax.model import forward, kernels
+from rlhf_jax.errors import ShardingError
+from rlhf_jax.model import attention, forward, kernels
 from rlhf_jax.model.attention import Causal, Seen, attend
+from rlhf_jax.model.device import Device
 from rlhf_jax.model.heads import LanguageModel, initial_params
 
 B, T, N, K, H = 3, 300, 4, 2, 6                                      # three pieces of at most 128 queries
@@ -30,13 +32,13 @@ def arrays():
   return draw(B, T, N, H), draw(B, K, T, H), draw(B, K, T, H)
 
 
-def by_loop(q_BTNH, k_BKSH, v_BKSH, window):
+def by_loop(q_BTNH, k_BKSH, v_BKSH, window, segment_BT=SEGMENT_BT):
   """One query at a time, over the keys that it sees, in double precision; 0 where there are none."""
   q, k, v = (np.asarray(x, np.float64) for x in (q_BTNH, k_BKSH, v_BKSH))
   out = np.zeros_like(q)
   for b in range(B):
-    for t in range(T):
-      seen = [s for s in range(max(0, t - window + 1), t + 1) if SEGMENT_BT[b, s] == SEGMENT_BT[b, t] > 0]
+    for t in range(q.shape[1]):
+      seen = [s for s in range(max(0, t - window + 1), t + 1) if segment_BT[b, s] == segment_BT[b, t] > 0]
       for n in range(N if seen else 0):
         score = k[b, n // 2, seen] @ q[b, t, n] / np.sqrt(H)
         weight = np.exp(score - score.max())
@@ -62,13 +64,53 @@ def plain(q_BTNH, k_BKSH, v_BKSH, causal):
   return jnp.einsum('BNTS,BNSH->BTNH', jnp.where(seen, jax.nn.softmax(jnp.where(seen, score, -1e9)), 0), v)
 
 
-def test_the_gradient_is_that_of_plain_softmax():
-  given, causal = arrays(), Causal(jnp.array(SEGMENT_BT))
-  weight_BTNH = jnp.array(RNG.normal(size=(B, T, N, H)), jnp.float32)
+def assert_gradient_of_plain(fn, causal, length=T):
+  given = [x[:, :length] if i == 0 else x[:, :, :length] for i, x in enumerate(arrays())]
+  weight_BTNH = jnp.array(RNG.normal(size=(B, length, N, H)), jnp.float32)
   gradient = lambda fn: jax.jit(jax.grad(lambda *xs: (fn(*xs, causal) * weight_BTNH).sum(), (0, 1, 2)))(*given)
-  for got, expected in zip(gradient(attend), gradient(plain), strict=True):
+  for got, expected in zip(gradient(fn), gradient(plain), strict=True):
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_plain_softmax():
+  assert_gradient_of_plain(attend, Causal(jnp.array(SEGMENT_BT)))
+
+
+@pytest.mark.parametrize('window, start', [(None, 0), (7, 0), (200, 170)])
+def test_pieces_in_a_loop_are_softmax_attention(window, start, monkeypatch):
+  """Of 128 queries: three for 300, of which the last has most in common with the one before; two for 130."""
+  monkeypatch.setattr(attention, '_QUERIES_A_TURN', 128)
+  given, causal = arrays(), Causal(jnp.array(SEGMENT_BT), window, start)
+  run = jax.jit(lambda q, k, v: attend(q[:, start:], k, v, causal, 'xla_loop'))
+  np.testing.assert_allclose(run(*given), by_loop(*given, T if window is None else window)[:, start:], atol=2e-6)
+
+
+@pytest.mark.parametrize('a_turn, queries, loops', [(128, 129, True), (128, 256, True), (128, 128, False), (300, 40, False)])
+def test_a_loop_has_every_query_once(a_turn, queries, loops, monkeypatch):
+  """One more than a turn, two turns to the last query, one turn, and less than one, which need no loop."""
+  monkeypatch.setattr(attention, '_QUERIES_A_TURN', a_turn)
+  given, causal = arrays(), Causal(jnp.array(SEGMENT_BT), start=T - queries)
+  run = lambda q, k, v: attend(q[:, -queries:], k, v, causal, 'xla_loop')
+  assert ('scan' in str(jax.make_jaxpr(run)(*given))) == loops
+  whole = jax.jit(attend)(*given, Causal(causal.segment_BT))
+  np.testing.assert_allclose(jax.jit(run)(*given), whole[:, -queries:], atol=2e-6)
+
+
+def test_the_gradient_through_the_loop_is_that_of_plain_softmax(monkeypatch):
+  monkeypatch.setattr(attention, '_QUERIES_A_TURN', 128)
+  assert_gradient_of_plain(functools.partial(attend, kernel='xla_loop'), Causal(jnp.array(SEGMENT_BT), 150))
+
+
+def test_a_loop_keeps_no_scores_for_the_gradient(monkeypatch):
+  """Of 512 queries and keys, 64 at a time: those of a turn, for all heads, and not eight times as many."""
+  monkeypatch.setattr(attention, '_QUERIES_A_TURN', 64)
+  shapes = ((1, 512, N, 8), (1, N, 512, 8), (1, N, 512, 8))
+  given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  causal = Causal(jnp.ones((1, 512), jnp.int32))
+  gradient = jax.grad(lambda *xs: jnp.square(attend(*xs, causal, 'xla_loop')).sum(), (0, 1, 2))
+  sizes = [math.prod(x.aval.shape) for e in tiny.equations(jax.make_jaxpr(gradient)(*given).jaxpr) for x in e.outvars]
+  assert N * 64 * 512 <= max(sizes) < 2 * N * 64 * 512
 
 
 def test_keys_said_one_by_one():
@@ -147,22 +189,73 @@ def test_a_model_computes_the_same_with_the_tpu_kernel():
   np.testing.assert_allclose(logprobs(splash)[counts], logprobs(model)[counts], atol=1e-5)
 
 
-def test_kernels_that_cannot_run():
-  with pytest.raises(ConfigError, match=r"model attention='cudnn' with dtype='float32'\. The kernel needs dtype 'bfloat16'"):
-    dataclasses.replace(FAMILIES['llama'], attention='cudnn')
+# Lengths of dense rows: whole, short, one token, none.
+LENGTHS_BT = lambda length: (np.arange(length) < np.array([length, 21, 0])[:, None]).astype(np.int32)
+
+
+@pytest.mark.parametrize('window, length', [(None, 33), (None, 40), (5, 33), (30, 40), (1, 40)])
+def test_the_call_for_gpus_is_attention_of_dense_rows(window, length):
+  """By XLA, told by lengths; odd lengths are made even, and padding gets 0."""
+  segment_BT = LENGTHS_BT(length)
+  given, causal = [x[:, :length] if i == 0 else x[:, :, :length] for i, x in enumerate(arrays())], Causal(
+    jnp.array(segment_BT), window, dense=True)
+  got = jax.jit(functools.partial(attend, kernel='cudnn_by_xla'))(*given, causal)
+  np.testing.assert_allclose(got, by_loop(*given, window or length, segment_BT), atol=2e-6)
+  assert not got[1, 21:].any() and not got[2].any()
+
+
+@pytest.mark.parametrize('window, start', [(None, 0), (150, 0), (None, 175)])
+def test_the_call_for_gpus_is_attention_of_other_rows(window, start):
+  """Packed, or padded on the left, or queries from a slot on: told by an array."""
+  given, causal = arrays(), Causal(jnp.array(SEGMENT_BT), window, start)
+  got = jax.jit(lambda q, k, v: attend(q[:, start:], k, v, causal, 'cudnn_by_xla'))(*given)
+  np.testing.assert_allclose(got, by_loop(*given, window or T)[:, start:], atol=2e-6)
+
+
+@pytest.mark.parametrize('dense, window, length', [(True, 5, 33), (False, None, 45)])
+def test_the_gradient_through_the_call_for_gpus_is_that_of_plain_softmax(dense, window, length):
+  segment_BT = LENGTHS_BT(length) if dense else SEGMENT_BT[:, 100:100 + length]
+  causal = Causal(jnp.array(segment_BT), window, dense=dense)
+  assert_gradient_of_plain(functools.partial(attend, kernel='cudnn_by_xla'), causal, length)
+
+
+def calls_of_cudnn(T, packed, monkeypatch):
+  """(operands, parameters) of the kernel's calls in the gradient of a model's log-probabilities, which is not run.
+
+  Shapes and types are checked where cuDNN is believed to be there.
+  """
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_compute_capability', lambda *args: True)
+  h100 = Device('gpu', 80 * 10**9, 9.0)
+  model = LanguageModel(tiny.config('llama', dtype='bfloat16', head_width=8, window=7, device=h100))
+  params = jax.eval_shape(functools.partial(initial_params, model), jax.random.key(0))
+  tokens_BT, valid_BT = jax.ShapeDtypeStruct((2, T), jnp.int32), jax.ShapeDtypeStruct((2, T), jnp.bool_)
+  segment_BT = jnp.ones((2, T), jnp.int32) if packed else None
+  total = lambda p, *batch: forward.next_logprobs(model, p, *batch, start=5, segment_BT=segment_BT)[0].sum()
+  program = jax.make_jaxpr(jax.grad(total))(params, tokens_BT, valid_BT)
+  return {e.primitive.name: ([x.aval for x in e.invars], e.params) for e in tiny.equations(program.jaxpr)
+          if e.primitive.name.startswith('dot_product_attention')}
 
 
 @pytest.mark.parametrize('T', [9, 12])
 def test_the_gpu_kernel_accepts_what_it_is_given(T, monkeypatch):
-  """Shapes and types of the forward and backward pass, which are checked where cuDNN is believed to be there. Not run."""
-  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
-  monkeypatch.setattr(fused_attention_stablehlo, 'check_compute_capability', lambda *args: True)
-  model = LanguageModel(tiny.config('llama', attention='cudnn', dtype='bfloat16', head_width=8))
-  params = jax.eval_shape(functools.partial(initial_params, model), jax.random.key(0))
-  tokens_BT, valid_BT = jax.ShapeDtypeStruct((2, T), jnp.int32), jax.ShapeDtypeStruct((2, T), jnp.bool_)
-  total = lambda p, tokens, valid: forward.next_logprobs(model, p, tokens, valid, start=5)[0].sum()
-  gradient = jax.make_jaxpr(jax.grad(total))(params, tokens_BT, valid_BT)
-  assert 'dot_product_attention_bwd' in str(gradient)
+  """Of dense rows: no array of who sees whom, but lengths, the causal mask and the window."""
+  calls = calls_of_cudnn(T, False, monkeypatch)
+  assert set(calls) == {'dot_product_attention_fwd_wrapper', 'dot_product_attention_bwd_wrapper'}
+  for (q, k, v, bias, query_length, key_length, *_), params in calls.values():
+    even = T + T % 2
+    assert [x.shape for x in (q, k, v)] == [(2, even, 6, 8), (2, even, 2, 8), (2, even, 2, 8)]
+    assert {x.dtype.name for x in (q, k, v)} == {'bfloat16'}
+    assert bias.size == 0 and query_length.shape == key_length.shape == (2,)
+    assert params['sliding_window_length'] == 7 and 'CAUSAL' in str(params['mask_type']).upper()
+
+
+def test_the_gpu_kernel_is_told_of_packed_rows_by_an_array(monkeypatch):
+  calls = calls_of_cudnn(9, True, monkeypatch)
+  for (q, _, _, bias, *_), params in calls.values():
+    assert q.shape[1] == 10 and bias.shape == (2, 1, 10, 10)
+    assert not params['sliding_window_length']
+  assert 'dot_product_attention_bwd_wrapper' in calls
 
 
 def test_heads_that_the_mesh_does_not_divide_are_refused():

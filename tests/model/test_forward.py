@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
+from rlhf_jax import runners
 from rlhf_jax.errors import AxesError, ConfigError
 from rlhf_jax.model import forward
+from rlhf_jax.model.device import Device
 from rlhf_jax.model.heads import LanguageModel, Models, ScalarModel, initial_params
 
 T = 9
@@ -156,3 +158,36 @@ def test_derivatives_forwards_and_backwards_agree():
   pulled, = jax.jit(lambda p, w: jax.vjp(run, p)[1](w))(weights, weight_BT)
   there = sum(float(jnp.vdot(a, b)) for a, b in zip(jax.tree.leaves(direction), jax.tree.leaves(pulled), strict=True))
   np.testing.assert_allclose(there, float(jnp.vdot(moved_BT, weight_BT)), rtol=1e-4)
+
+
+def keeps_logits(memory_bytes, mesh=None, **changes):
+  """Whether the program of 8 x 9 log-probabilities has logits that stay, in a vocabulary of 19."""
+  device = memory_bytes and Device('gpu', memory_bytes, 9.0)
+  model, _ = tiny.models(device=device, **changes)
+  weights, hidden_BTD, target_BT = tiny.params(model, 1), jnp.ones((8, T, 24)), jnp.zeros((8, T), jnp.int32)
+  traced = jax.make_jaxpr(lambda p: forward.logprobs_from_hidden(model, p, hidden_BTD, target_BT))
+  if mesh is None:
+    return '_unembedded' in str(traced(weights))
+  with jax.set_mesh(mesh):
+    return '_unembedded' in str(traced(weights))
+
+
+def test_logits_stay_where_the_memory_of_a_device_holds_them():
+  """72 tokens of 4 * 19 bytes, in an eighth of it; 9 tokens on each of eight devices."""
+  whole = 8 * 72 * 4 * 19
+  assert keeps_logits(whole) and not keeps_logits(whole - 8)
+  assert not keeps_logits(None)                                                 # on a CPU
+  assert not keeps_logits(whole, tokens_per_chunk=1000)
+  mesh = runners.sharded(data=4, fsdp=2).mesh
+  assert keeps_logits(whole / 8, mesh) and not keeps_logits(whole / 8 - 8, mesh)
+
+
+@pytest.mark.parametrize('parts', [1, 8])
+def test_a_device_unembeds_so_many_tokens_at_once(parts):
+  """Three slots of 8 sequences at a time, or of one a device."""
+  model, _ = tiny.models(tokens_per_chunk=24 // parts)
+  weights, hidden_BTD, target_BT = tiny.params(model, 1), jnp.ones((8, T, 24)), jnp.zeros((8, T), jnp.int32)
+  with jax.set_mesh(runners.sharded(data=parts, devices=jax.devices()[:parts]).mesh):
+    program = jax.make_jaxpr(lambda p: forward.logprobs_from_hidden(model, p, hidden_BTD, target_BT))(weights)
+  [loop] = [e for e in tiny.equations(program.jaxpr) if e.primitive.name == 'scan']
+  assert loop.params['length'] == 3
