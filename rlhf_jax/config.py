@@ -126,7 +126,7 @@ class PPOConfig:
   kl_stop_nats_per_sequence: float | None = None  # ends training before an update that starts beyond this KL
   reward_model_weight: float = 1.0  # of the reward model beside Python reward functions
   loss: PPOLossConfig = PPOLossConfig()
-  frozen_dtype: Literal['float32', 'bfloat16'] = 'float32'  # of reference and reward model; bfloat16: if --dtype is too
+  frozen_dtype: Literal['float32', 'bfloat16'] = 'float32'  # of reference and reward model; bfloat16 only with that --dtype
   experience: ExperienceConfig = ExperienceConfig()
   optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, schedule='linear', epsilon=1e-5)
   held_out_answers: int = 1  # answers of each policy to every held-out prompt, for the table at the end

@@ -1,4 +1,4 @@
-"""Attention of one query a sequence in the kernel's interpreter, against a softmax in double precision."""
+"""Attention of one query a sequence, in the kernel's interpreter, against softmax in numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -40,26 +40,38 @@ def by_numpy(q_BNH, k_BKSH, v_BKSH, seen_BS):
 
 
 def sights(S):
-  """Nothing; all; the first; the last; a piece in the middle; pieces with holes; what stands around the end of a ring."""
+  """Nothing, all, the first, the last, a piece in the middle, some, and both ends of a ring."""
   slot = np.arange(S)
   rng = np.random.default_rng(S)
-  return np.array([slot < 0, slot >= 0, slot == 0, slot == S - 1, (slot >= S // 3) & (slot < S // 2 + 1),
-                   rng.random(S) < 0.3, (slot < S // 5) | (slot > S - S // 4)])
+  return np.array(
+    [
+      slot < 0,
+      slot >= 0,
+      slot == 0,
+      slot == S - 1,
+      (slot >= S // 3) & (slot < S // 2 + 1),
+      rng.random(S) < 0.3,
+      (slot < S // 5) | (slot > S - S // 4),
+    ]
+  )
 
 
-@pytest.mark.parametrize('N, K, S', [
-  (3, 3, 41),   # a query head to a key/value head; three blocks of which the last is short
-  (8, 2, 32),   # four; two whole blocks
-  (6, 2, 9),    # three; fewer keys than a block has
-  (20, 1, 80),  # more than the rows of a small product; five blocks
-])
+@pytest.mark.parametrize(
+  'N, K, S',
+  [
+    (3, 3, 41),  # a query head to a key/value head; three blocks of which the last is short
+    (8, 2, 32),  # four; two whole blocks
+    (6, 2, 9),  # three; fewer keys than a block has
+    (20, 1, 80),  # more than the rows of a small product; five blocks
+  ],
+)
 def test_it_is_softmax_attention(N, K, S):
   seen_BS = sights(S)
   given = arrays(len(seen_BS), N, K, S)
   got = jax.jit(decode_attention)(*given, jnp.array(seen_BS))
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(got, by_numpy(*given, seen_BS), atol=2e-6)
-  assert not got[0].any()                                                       # sees nothing
+  assert not got[0].any()  # sees nothing
 
 
 def test_scores_of_any_size_neither_overflow_nor_vanish():
@@ -75,7 +87,7 @@ def test_scores_of_any_size_neither_overflow_nor_vanish():
 def test_blocks_before_the_first_key_and_after_the_last_are_not_read():
   q_BNH, k_BKSH, v_BKSH = arrays(2, 2, 1, 80)
   seen_BS = np.zeros((2, 80), bool)
-  seen_BS[0, [34, 47]] = seen_BS[1, [16, 63]] = True                            # block 2; blocks 1 to 3, their ends
+  seen_BS[0, [34, 47]] = seen_BS[1, [16, 63]] = True  # block 2; blocks 1 to 3, their ends
   for b, unread in ((0, [*range(32), *range(48, 80)]), (1, [*range(16), *range(64, 80)])):
     k_BKSH, v_BKSH = (x.at[b, :, jnp.array(unread)].set(jnp.nan) for x in (k_BKSH, v_BKSH))
   got = decode_attention(q_BNH, k_BKSH, v_BKSH, jnp.array(seen_BS))
@@ -92,19 +104,21 @@ def test_bfloat16_is_rounded_where_it_is_stored_and_summed_in_float32():
   one = np.zeros((2, 41), bool)
   one[:, 30] = True
   exact = decode_attention(*(x[:2] for x in given), jnp.array(one))
-  np.testing.assert_array_equal(exact[:, 3], given[2][:2, 1, 30])                # the only value, to the bit
+  np.testing.assert_array_equal(exact[:, 3], given[2][:2, 1, 30])  # the only value, to the bit
 
 
 def test_a_block_holds_so_many_bytes(monkeypatch):
   monkeypatch.setattr(decode_kernel, '_BLOCK_BYTES', 16 * 2**10)
   assert decode_kernel._block(4096, 64, 2) == 128
   assert decode_kernel._block(4096, 128, 2) == 64
-  assert decode_kernel._block(4096, 4096, 4) == 16                              # no fewer keys than a product has
-  assert decode_kernel._block(40, 64, 2) == 64                                  # no more than there are
+  assert decode_kernel._block(4096, 4096, 4) == 16  # no fewer keys than a product has
+  assert decode_kernel._block(40, 64, 2) == 64  # no more than there are
 
 
 def test_widths_that_are_a_power_of_2_are_allowed():
-  assert [width for width in (8, 16, 24, 48, 64, 80, 96, 128, 256) if decode_kernel.allows(width)] == [16, 64, 128, 256]
+  assert [
+    width for width in (8, 16, 24, 48, 64, 80, 96, 128, 256) if decode_kernel.allows(width)
+  ] == [16, 64, 128, 256]
 
 
 def primitives(kernel, width, queries=1):
@@ -116,7 +130,13 @@ def primitives(kernel, width, queries=1):
 def test_one_query_against_a_cache_is_for_it_beside_the_kernel_of_gpus_alone():
   assert 'pallas_call' in primitives('cudnn', 16)
   assert 'pallas_call' in primitives('cudnn_by_xla', 16)
-  for kernel, width, queries in (('xla', 16, 1), ('xla_loop', 16, 1), ('splash', 16, 1), ('cudnn', 24, 1), ('cudnn', 16, 2)):
+  for kernel, width, queries in (
+    ('xla', 16, 1),
+    ('xla_loop', 16, 1),
+    ('splash', 16, 1),
+    ('cudnn', 24, 1),
+    ('cudnn', 16, 2),
+  ):
     assert 'pallas_call' not in primitives(kernel, width, queries)
 
 
@@ -128,10 +148,12 @@ def test_attend_hands_it_every_row():
 
 
 def test_every_device_of_a_mesh_does_its_sequences_and_heads():
-  seen_BS = np.concatenate([sights(41), sights(41)[5:6]])                       # eight rows
+  seen_BS = np.concatenate([sights(41), sights(41)[5:6]])  # eight rows
   q_BNH, k_BKSH, v_BKSH = arrays(8, 4, 2, 41)
   runner = runners.sharded(data=2, fsdp=2, tensor=2)
   given = {'q_BNH': q_BNH, 'k_BKSH': k_BKSH, 'v_BKSH': v_BKSH, 'seen_BS': jnp.array(seen_BS)}
-  run = runner.compile(lambda given: {'out_BNH': decode_attention(*given.values())}, inputs=('batch',), outputs='batch')
+  run = runner.compile(
+    lambda given: {'out_BNH': decode_attention(*given.values())}, inputs=('batch',), outputs='batch'
+  )
   got = runner.fetch(run(given)['out_BNH'])
   np.testing.assert_allclose(got, by_numpy(q_BNH, k_BKSH, v_BKSH, seen_BS), atol=2e-6)

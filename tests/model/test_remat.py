@@ -1,4 +1,4 @@
-"""What the backward pass computes again: counted in its program, and the same numbers whatever it is."""
+"""What the backward pass computes again, counted in its program; the numbers stay the same."""
 
 import collections
 import contextlib
@@ -21,7 +21,7 @@ from rlhf_jax.model.heads import LanguageModel, initial_params
 
 LAYERS, B, T = 3, 8, 6
 TOKENS_BT = jnp.array(np.random.default_rng(3).integers(0, 19, (B, T)))
-# Of a block: q, k, v, scores, weighted sum, o, gate, up, down. The unembedding beside them has 3 in all.
+# Of a block: q, k, v, scores, weighted sum, o, gate, up, down. The unembedding has 3 in all.
 FORWARD = 9
 
 
@@ -51,11 +51,14 @@ def products(config, mesh=None):
 PLAIN = LAYERS * 3 * FORWARD + 3  # two more of each for its gradient
 
 
-@pytest.mark.parametrize('remat, again', [
-  ('none', 0),
-  ('dots', 2),   # both of plain attention, whose gradient needs more than what it gives; none with a weight
-  ('block', 8),  # all but the last, on which no gradient depends
-])
+@pytest.mark.parametrize(
+  'remat, again',
+  [
+    ('none', 0),
+    ('dots', 2),  # both of plain attention, whose gradient needs more than its output
+    ('block', 8),  # all but the last, on which no gradient depends
+  ],
+)
 def test_products_that_are_made_again(remat, again):
   assert products(config(remat=remat)) == PLAIN + LAYERS * again
   assert products(config(remat=remat, scan_layers=True)) == 3 * FORWARD + 3 + again
@@ -71,7 +74,9 @@ def test_attention_in_a_loop_over_queries_is_made_again_alone():
 def test_the_fused_kernel_runs_once_where_its_output_is_kept(remat, calls, monkeypatch):
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
   monkeypatch.setattr(fused_attention_stablehlo, 'check_compute_capability', lambda *args: True)
-  count = primitives(config(remat=remat, dtype='bfloat16', device=Device('gpu', 2**30, 9.0), scan_layers=True))
+  count = primitives(
+    config(remat=remat, dtype='bfloat16', device=Device('gpu', 2**30, 9.0), scan_layers=True)
+  )
   assert count['dot_product_attention_fwd_wrapper'] == calls
   assert count['dot_product_attention_bwd_wrapper'] == 1
 
@@ -88,31 +93,48 @@ def test_gathered_weights_are_not_kept_and_products_are():
   """On a mesh that cuts parameters there is a policy even for 'none'."""
   mesh = runners.sharded(data=2, fsdp=4).mesh
   assert products(config(remat='none'), mesh) == PLAIN
-  assert primitives(config(remat='none'), mesh)['remat2'] and not primitives(config(remat='none'))['remat2']
+  assert (
+    primitives(config(remat='none'), mesh)['remat2']
+    and not primitives(config(remat='none'))['remat2']
+  )
 
 
 def test_the_choice_is_by_the_tokens_of_one_device():
-  """In float32 a token keeps 3 * 264 numbers of 4 bytes: 8 x 6 tokens on one device, and 6 on each of eight."""
+  """A token keeps 3 * 264 numbers of 4 bytes: 48 tokens on one device, 6 on each of eight."""
   a_token = 3 * 264 * 4
   on = lambda tokens: config(attention='xla', device=Device('gpu', 5 * tokens * a_token, 7.5))
   assert products(on(48)) == PLAIN + LAYERS * 2 and products(on(47.99)) == PLAIN + LAYERS * 8
   mesh = runners.sharded(data=8).mesh
-  assert products(on(6), mesh) == PLAIN + LAYERS * 2 and products(on(5.99), mesh) == PLAIN + LAYERS * 8
+  assert (
+    products(on(6), mesh) == PLAIN + LAYERS * 2 and products(on(5.99), mesh) == PLAIN + LAYERS * 8
+  )
 
 
 @functools.cache
 def measured(**changes):
   model = LanguageModel(config(layers=2, **changes))
-  total = lambda p: (forward.next_logprobs(model, p, TOKENS_BT, TOKENS_BT >= 0, start=2)[0] * jnp.arange(1., T - 1)).sum()
+  total = lambda p: (
+    forward.next_logprobs(model, p, TOKENS_BT, TOKENS_BT >= 0, start=2)[0] * jnp.arange(1.0, T - 1)
+  ).sum()
   return jax.device_get(jax.jit(jax.value_and_grad(total))(tiny.params(model, 2)))
 
 
-@pytest.mark.parametrize('changes', [
-  {'remat': 'dots', 'scan_layers': True}, {'remat': 'block', 'scan_layers': True}, {'remat': 'dots'}])
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'remat': 'dots', 'scan_layers': True},
+    {'remat': 'block', 'scan_layers': True},
+    {'remat': 'dots'},
+  ],
+)
 def test_nothing_changes_but_what_is_kept(changes):
   (value, gradient), (expected, expected_gradient) = measured(**changes), measured(remat='none')
   np.testing.assert_allclose(value, expected, rtol=1e-6)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), gradient, expected_gradient)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()),
+    gradient,
+    expected_gradient,
+  )
 
 
 def test_the_switch_that_it_was_means_whole_blocks():
