@@ -56,7 +56,7 @@ SIZES = {
                   'mesh.tensor': 8},
     # The tensor axis stays on a host. A value model of 70B beside the policy would not fit.
     'h100:8x4': {'pretrained': 'meta-llama/Llama-3.1-70B', 'reward_preset': None,
-                 'ppo.shared_trunk': True, 'mesh.fsdp': 4, 'mesh.tensor': 8},
+                 'ppo.shared_trunk': True, 'ppo.frozen_dtype': 'bfloat16', 'mesh.fsdp': 4, 'mesh.tensor': 8},
   },
 }
 
