@@ -49,7 +49,7 @@ class BenchCompile:
   experiment: str = ''  # sizes of a module in experiments, e.g. quickstart; empty: those above
   preset: str | None = None  # model, by name; None: llama3.2-1b, or that of the experiment
   stages: tuple[Literal['sft', 'reward', 'ppo'], ...] = ('sft', 'reward', 'ppo')  # whose programs
-  attention: AttentionName = 'auto'  # xla: anywhere; cudnn: NVIDIA GPUs, in bfloat16; splash: TPUs
+  attention: AttentionName = 'auto'  # xla, cudnn or splash; auto: as the experiment has it
   remat: Remat = 'auto'  # what the backward pass recomputes: nothing, all but matrix products, whole blocks
   scan: Scan = 'auto'  # one compiled block for all layers
   mesh: MeshConfig = MeshConfig()
@@ -66,7 +66,10 @@ def experiment_of(asked):
     except (ImportError, AttributeError) as error:
       raise ConfigError(f'--experiment {asked.experiment}: {error}. Needed is the name of a module '
                         'in experiments that has an EXPERIMENT, for example quickstart.') from error
+  given = {'attention': asked.attention != 'auto', 'remat': asked.remat != 'auto',
+           'scan_layers': asked.scan != 'auto'}
   fields = changes(asked.attention, asked.remat, asked.scan)
+  fields = {name: value for name, value in fields.items() if given[name]}
   preset = asked.preset or base.preset
   return dataclasses.replace(base, preset=preset, mesh=asked.mesh, pretrained=None, **fields)
 

@@ -31,8 +31,14 @@ def idle_threads(platform, asked=None, cores=None):
   wanted = platform != 'cpu' if asked is None else asked
   if not wanted or not cache or jax.process_count() > 1:
     return 0
-  cores = len(os.sched_getaffinity(0)) if cores is None else cores
+  cores = _cores() if cores is None else cores
   return min(_MOST_AT_ONCE, max(cores // 2, 1 if asked else 0))
+
+
+def _cores():
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1  # of macOS and Windows
 
 
 @dataclasses.dataclass(eq=False)
@@ -80,7 +86,7 @@ class Ahead:
 
   def wait(self, args):
     """Returns when no thread is compiling a program of arguments of these shapes."""
-    if not self._jobs:
+    if not self.is_on:
       return
     with self._lock:
       self._seen.add(_signature(args))

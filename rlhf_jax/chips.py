@@ -29,8 +29,8 @@ class Chip:
 
 
 def _gpu(kind, flops, hbm_speed, nvlink_speed, network_speed, source):
-  note = (f'{gpus.MEMORY_FRACTION:.0%} of the memory that CUDA reports: set '
-          f'XLA_PYTHON_CLIENT_MEM_FRACTION={gpus.MEMORY_FRACTION}, for JAX takes 75% by default')
+  note = (f'{gpus.MEMORY_FRACTION:.0%} of the memory that CUDA reports, which a run takes unless '
+          'XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise')
   return Chip(flops, gpus.usable(kind), hbm_speed, nvlink_speed, '8', source, 'NVLink',
               network_speed, note=note)
 

@@ -245,7 +245,8 @@ def prepare(experiment, make_task, directory):
   run = _run(experiment, task, chat, None, directory, model_config, reward_config, pretrained)
   _say_devices(experiment.mesh, run.runner)
   if running.device_of(run.policy.config).is_accelerator:
-    print(running.chosen(run.policy.config))
+    said = {running.chosen(model.config) for model in (run.policy, run.reward)}
+    print(*sorted(said), sep='\n')
   return run
 
 
@@ -403,7 +404,7 @@ def _check_answers(config, parts):
   for flag, count in (('--ppo.batch-size', config.batch_size), ('--ppo.slots', config.slots)):
     if count is not None and count % parts:
       raise ConfigError(f'{flag} is {count}, which does not divide over the {parts} parts into which the devices cut a '
-                        f'batch. Pass a multiple of {parts}.')
+                        f'batch. Pass a multiple of {parts}, or --mesh.runner single, which uses one device.')
 
 
 def make_runner(mesh, devices=None, models=()):

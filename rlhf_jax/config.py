@@ -194,8 +194,16 @@ def changes(written, experiment):
   How it is computed is none: it goes on from any checkpoint, up to rounding, on other devices or in
   less memory.
   """
+  written = _with_defaults(to_json(type(experiment)()), written)
   return [change for change in differences(written, to_json(experiment))
           if not _HOW_IT_IS_COMPUTED.fullmatch(change.partition(':')[0])]
+
+
+def _with_defaults(defaults, written):
+  """A config as JSON with the defaults of fields that came after it was written."""
+  return defaults | {
+    name: _with_defaults(defaults[name], value) if isinstance(value, dict)
+    and isinstance(defaults.get(name), dict) else value for name, value in written.items()}
 
 
 def differences(old, new, prefix=''):

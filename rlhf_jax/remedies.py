@@ -15,6 +15,8 @@ def remedies(experiment, cost, mesh, devices):
     changes = {'mesh.runner': 'sharded', 'mesh.data': 1, 'mesh.fsdp': devices}
     yield changes
     data, fsdp = 1, devices
+  if cost.stage == 'ppo' and experiment.dtype == 'bfloat16' and stage.frozen_dtype == 'float32':
+    yield (changes := changes | {'ppo.frozen_dtype': 'bfloat16'})
   if trains and experiment.remat != 'block':
     yield (changes := changes | {'remat': 'block'})
   pieces = stage.microbatches * 2

@@ -12,6 +12,7 @@ import sys
 
 import jax
 
+from rlhf_jax import gpus
 from rlhf_jax.errors import ConfigError
 
 _NVIDIA = '/dev/nvidia[0-9]*'
@@ -24,6 +25,8 @@ def prepare_process(cpu_devices=None):
   """Call it before anything is computed. `cpu_devices` says how many devices share the cores; None leaves that as it is."""
   if cpu_devices is not None:
     divide_cpu(cpu_devices)
+  # Of a GPU, what plans count with; JAX alone takes 75 %.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', str(gpus.MEMORY_FRACTION))
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')               # that PyTorch is absent; it is not needed
   _keep_compiled_programs()
   _keep_freed_memory()

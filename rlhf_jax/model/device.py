@@ -6,6 +6,7 @@ import re
 
 import jax
 
+_GRAIN = 4 * 2**30  # bytes to which memory is rounded down, so that all processes of a run find the same
 _PLATFORMS = {'cuda': 'gpu', 'rocm': 'gpu'}  # a platform has one name where it is present, another where not
 
 
@@ -23,18 +24,26 @@ class Device:
 
 
 def describe(device: jax.Device, memory_bytes: int | None = None) -> Device:
-  """The Device of one of JAX's devices. `memory_bytes` is to be passed where it is not here."""
+  """The Device of one of JAX's devices. `memory_bytes` is to be passed where it is not here.
+
+  Of several processes each asks a device of its own: all have to compile the same programs.
+  """
   platform = _PLATFORMS.get(device.platform, device.platform)
   if platform == 'cpu':
     return Device('cpu')
   if memory_bytes is None:
     memory_bytes = _memory_of(device)
+  if memory_bytes is not None:
+    memory_bytes = max(_GRAIN, memory_bytes // _GRAIN * _GRAIN)
   capability = str(getattr(device, 'compute_capability', ''))  # gfx942 of an AMD GPU
   numbered = re.fullmatch(r'\d+\.\d+', capability)
   return Device(platform, memory_bytes, float(capability) if numbered else None)
 
 
 def _memory_of(device: jax.Device) -> int | None:
+  here = [each for each in jax.local_devices() if each.platform == device.platform]
+  if here and device.process_index != jax.process_index():
+    device = here[0]
   try:
     stats = device.memory_stats()
   except jax.errors.JaxRuntimeError:  # of a device that is not here

@@ -1,8 +1,8 @@
 """Attention kernels of accelerators, which hold no scores of all heads: cuDNN's on NVIDIA GPUs, splash on TPUs.
 
 Both answer what `attention.attend` answers for a `Causal`, and are chosen by `ModelConfig.attention`. Decoding, one query
-against a cache, needs neither. No kernel has been run on the hardware that it is for. Where there is no TPU, splash runs
-in an interpreter: slow, and for tests.
+against a cache, needs neither. cuDNN's has run on an H100, splash on no TPU: without one it runs in an interpreter, slowly,
+for tests.
 """
 
 import functools
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from rlhf_jax.errors import ConfigError
 from rlhf_jax.model.partition import by_device
 
 PRODUCT = 'product'  # the name of what rematerialisation may keep: products with weights, attention
@@ -36,8 +37,11 @@ def cudnn_attention(q_BTNH, k_BKSH, v_BKSH, causal, implementation='cudnn'):
   else:
     seen_BTS = causal.seen(slice(0, S), slice(causal.start, causal.start + T))
     told = {'mask': _longer(_longer(seen_BTS, T % 2, 1), S % 2, 2)[:, None]}
-  out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, implementation=implementation,
-                                          **told)
+  try:
+    out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, implementation=implementation,
+                                            **told)
+  except (NotImplementedError, RuntimeError) as error:  # the version, or a limit not known here
+    raise ConfigError(f"cuDNN's attention cannot be had: {error} Pass --attention xla.") from error
   return _of_tokens(out_BTNH[:, :T], causal)
 
 

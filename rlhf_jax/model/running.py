@@ -11,7 +11,7 @@ from rlhf_jax.model import decode_kernel
 from rlhf_jax.model.config import ModelConfig
 from rlhf_jax.model.device import Device, first_device
 
-_DEEP = 8  # more layers than this are scanned on a CPU too
+_DEEP = 16  # more layers than this are scanned on a CPU too
 _CPU_CHUNK = 1024  # tokens unembedded at once on a CPU
 # Shares of an accelerator's memory. Parameters, moments and gradients want the most of the rest.
 _ACTIVATIONS = 1 / 5  # that the products of all blocks may take until the backward pass

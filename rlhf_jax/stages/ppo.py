@@ -19,7 +19,7 @@ from rlhf_jax.losses.ppo import ppo
 from rlhf_jax.maths.kl import adaptive_kl_weight
 from rlhf_jax.metrics import Progress, append_samples, values
 from rlhf_jax.model.heads import Models, initial_params
-from rlhf_jax.optimizer import make_optimizer
+from rlhf_jax.optimizer import decays, make_optimizer
 from rlhf_jax.rewards import score_texts
 from rlhf_jax.stages import reward, sft
 from rlhf_jax.stages.answers import compile_answer, rollouts, texts
@@ -267,12 +267,13 @@ def frozen_models(run):
 def as_frozen(run, params):
   """Parameters of a model that is not trained, in the dtype in which it is to be kept.
 
-  A scalar head stays in float32, for it computes in it.
+  Only matrices are kept in less than float32, for they are multiplied in the compute dtype anyhow.
+  XLA may add norms, biases and rows of tables without rounding them first, and a reference that is
+  rounded would be another model.
   """
   dtype = run.experiment.ppo.frozen_dtype
-  cast = {name: jax.tree.map(lambda x: x.astype(dtype), part)
-          for name, part in params.items() if name != 'scalar'}
-  return params | cast
+  return jax.tree.map(lambda x, is_matrix: x.astype(dtype) if is_matrix else x, params,
+                      decays(params))
 
 
 def restore(run):
