@@ -95,7 +95,7 @@ def assert_alike(got, expected):
 @pytest.mark.parametrize('length, changes', [(9, {'scan_layers': False}), (10, {'remat': 'dots'})])
 def test_rows_padded_anywhere_are_those_of_plain_attention(length, changes):
   """Of padding too. Positions are learned, so that a wrong one changes every number."""
-  plain = tiny.config('gpt2', layers=2, kv_heads=1, scan_layers=True)
+  plain = tiny.config('gpt2', layers=2, kv_heads=1, head_width=16, scan_layers=True)
   expected = measured(plain, 9, len(VALID_BT))
   assert not expected[0]['score'][4] and expected[0]['score'][:4].all()
   assert_alike(
