@@ -94,10 +94,9 @@ def test_microbatches_on_a_mesh():
 GPU_POLICY = LanguageModel(tiny.by_cudnn(CONFIG))
 
 
-@pytest.mark.parametrize('where', ['pmap', 'fsdp x tensor'])
-def test_the_attention_of_gpus(where):
+def test_the_attention_of_gpus():
   """Rows moved to slot 0 on, on every device its own; heads cut over `tensor`."""
-  _agree('sft', *_train(RUNNERS[where](), 'sft', loss_fn=cross_entropy(GPU_POLICY))[:2])
+  _agree('sft', *_train(RUNNERS['fsdp x tensor'](), 'sft', loss_fn=cross_entropy(GPU_POLICY))[:2])
 
 
 def test_a_mean_of_means_would_differ():
@@ -132,7 +131,7 @@ def test_generate(where, slots):
   assert 0 < rollout.ended_B.sum() < len(rollout.ended_B)                       # some end early, some are cut
 
 
-@pytest.mark.parametrize('where, slots', [('pmap', 1), ('tensor', None), ('fsdp x tensor', 8)])
+@pytest.mark.parametrize('where, slots', [('pmap', 1), ('fsdp x tensor', 8)])
 def test_generate_with_the_kernels_of_gpus(where, slots, monkeypatch):
   """Prompts moved to slot 0 and back, and decoding by one kernel, in its interpreter, which takes heads of any width."""
   monkeypatch.setattr(decode_kernel, 'allows', lambda head_width: True)

@@ -149,11 +149,15 @@ def test_attend_hands_it_every_row():
 
 def test_every_device_of_a_mesh_does_its_sequences_and_heads():
   seen_BS = np.concatenate([sights(41), sights(41)[5:6]])  # eight rows
-  q_BNH, k_BKSH, v_BKSH = arrays(8, 4, 2, 41)
+  given = arrays(8, 4, 2, 41)
   runner = runners.sharded(data=2, fsdp=2, tensor=2)
-  given = {'q_BNH': q_BNH, 'k_BKSH': k_BKSH, 'v_BKSH': v_BKSH, 'seen_BS': jnp.array(seen_BS)}
   run = runner.compile(
-    lambda given: {'out_BNH': decode_attention(*given.values())}, inputs=('batch',), outputs='batch'
+    lambda q, k, v, seen: {
+      'out_BNH': decode_attention(q['q_BNH'], k['k_BKSH'], v['v_BKSH'], seen['seen_BS'])
+    },
+    inputs=('batch',) * 4,
+    outputs='batch',
   )
-  got = runner.fetch(run(given)['out_BNH'])
-  np.testing.assert_allclose(got, by_numpy(q_BNH, k_BKSH, v_BKSH, seen_BS), atol=2e-6)
+  names = 'q_BNH', 'k_BKSH', 'v_BKSH', 'seen_BS'
+  got = run(*({name: x} for name, x in zip(names, (*given, jnp.array(seen_BS)), strict=True)))
+  np.testing.assert_allclose(runner.fetch(got['out_BNH']), by_numpy(*given, seen_BS), atol=2e-6)

@@ -34,12 +34,6 @@ VALID_BT = np.array(
 )
 HOLES = 5  # rows from here on have them
 TOKENS_BT = RNG.integers(0, 19, VALID_BT.shape)
-SEGMENT_BT = np.array(
-  [
-    [int(c) for c in row]
-    for row in ('111223333', '001122222', '111120000', '012340000', '000000000')
-  ]
-)
 
 
 def both(config, seed=3):
@@ -49,7 +43,7 @@ def both(config, seed=3):
 
 
 @functools.cache
-def measured(config, length, rows, packed=False, whole=True):
+def measured(config, length, rows, whole=True):
   """What losses read, or log-probabilities alone, and the gradient of a sum with uneven weights.
 
   Of rows that are padded to `length` slots on the right.
@@ -57,18 +51,16 @@ def measured(config, length, rows, packed=False, whole=True):
   policy, scalar, params = both(config)
   more = (0, 0), (0, length - VALID_BT.shape[1])
   tokens_BT, valid_BT = (jnp.array(np.pad(x[:rows], more)) for x in (TOKENS_BT, VALID_BT))
-  segment_BT = jnp.array(np.pad(SEGMENT_BT[:rows], more)) if packed else None
-  real_BT = valid_BT if segment_BT is None else segment_BT > 0
 
   def numbers(params):
     of_policy, of_scalar = params
     logprob_BR, entropy_BR = forward.next_logprobs(
-      policy, of_policy, tokens_BT, real_BT, segment_BT=segment_BT, start=3, temperature=0.8
+      policy, of_policy, tokens_BT, valid_BT, start=3, temperature=0.8
     )
     found = {'logprob': logprob_BR[:, :6], 'entropy': entropy_BR[:, :6]}
     if whole:
-      found['value'] = forward.values(scalar, of_scalar, tokens_BT, real_BT)[:, :9]
-      found['score'] = forward.scores(scalar, of_scalar, tokens_BT, real_BT)
+      found['value'] = forward.values(scalar, of_scalar, tokens_BT, valid_BT)[:, :9]
+      found['score'] = forward.scores(scalar, of_scalar, tokens_BT, valid_BT)
     total = sum(
       jnp.sum(x * jnp.sin(1.3 * jnp.arange(x.size).reshape(x.shape))) for x in found.values()
     )
@@ -108,17 +100,6 @@ def test_windows_are_those_of_plain_attention():
   plain = tiny.config('mistral', window=3, scan_layers=True)
   assert_alike(
     *(measured(config, 9, HOLES, whole=False) for config in (tiny.by_cudnn(plain), plain))
-  )
-
-
-def test_packed_rows_are_those_of_plain_attention():
-  """They stay where they are, and the kernel is told by an array."""
-  plain = tiny.config('llama', window=2, scan_layers=True)
-  assert_alike(
-    *(
-      measured(config, 9, HOLES, packed=True, whole=False)
-      for config in (tiny.by_cudnn(plain), plain)
-    )
   )
 
 

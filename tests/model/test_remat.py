@@ -124,7 +124,6 @@ def measured(**changes):
   [
     {'remat': 'dots', 'scan_layers': True},
     {'remat': 'block', 'scan_layers': True},
-    {'remat': 'dots'},
   ],
 )
 def test_nothing_changes_but_what_is_kept(changes):
