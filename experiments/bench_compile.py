@@ -87,8 +87,11 @@ def run(asked, say=lambda text: None):
              'config': configs.to_json(experiment), 'programs': []}
   began = time.perf_counter()
   with concurrent.futures.ThreadPoolExecutor(asked.threads) as pool:
-    compiling = [pool.submit(compile_one, program, trace_s, config.layers)
-                 for program, trace_s in _timed(planner.programs(prepared, asked.stages))]
+    compiling = []
+    for program, trace_s in _timed(planner.programs(prepared, asked.stages)):
+      compiling.append(pool.submit(compile_one, program, trace_s, config.layers))
+      if asked.threads == 1:  # tracing the next beside it would be timed too
+        compiling[-1].result()
     for each in compiling:
       results['programs'].append(each.result())
       say(line(results['programs'][-1]))

@@ -1,5 +1,6 @@
 """Settings by dotted name and by flag, what differs between two runs, and what is refused."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -325,8 +326,13 @@ def test_how_a_run_is_computed_may_change_and_nothing_else():
   assert config.changes(written, override(Experiment(), computed)) == []
   for more in ({'remat': 'dots', 'attention': 'cudnn', 'scan_layers': False}, {'remat': 'none', 'attention': 'xla'}):
     assert config.changes(written, override(Experiment(), more)) == []
-  before = written | {'remat': False, 'scan_layers': False, 'attention': 'xla'}  # as an older version wrote it
+  before = copy.deepcopy(written)  # as an older version wrote it
+  before |= {'remat': False, 'scan_layers': False, 'attention': 'xla'}
   assert config.changes(before, override(Experiment(), computed)) == []
+  del before['ppo']['frozen_dtype']  # as one wrote it that had no such field
+  assert config.changes(before, Experiment()) == []
+  assert config.changes(before, override(Experiment(), {'dtype': 'bfloat16', 'ppo.frozen_dtype': 'bfloat16'})) == [
+    'dtype: float32 -> bfloat16', 'ppo.frozen_dtype: float32 -> bfloat16']
   others = override(Experiment(), {
     'dtype': 'bfloat16', 'ppo.minibatches': 2, 'sft.optimizer.moment_dtype': 'bfloat16'})
   assert [change.partition(':')[0] for change in config.changes(written, others)] == [

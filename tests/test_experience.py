@@ -402,7 +402,7 @@ def frozen_in(dtype, params):
 
 def test_frozen_models_in_bfloat16_change_no_number():
   """Of models that compute in it: an Experience to the bit, and a KL of 0 to a reference that is the policy."""
-  policy, value = tiny.models(dtype='bfloat16', scan_layers=True)
+  policy, value = tiny.models(dtype='bfloat16', layers=3, width=64)
   models = Models(policy, value, value)
   params = {'policy': tiny.params(policy, 1), 'value': {'scalar': tiny.params(value, 2)['scalar']}}  # on its trunk
   kept = {'reference': params['policy'], 'reward': tiny.params(value, 4)}
@@ -416,11 +416,14 @@ def test_frozen_models_in_bfloat16_change_no_number():
 
 
 def test_what_a_frozen_model_keeps_in_bfloat16():
-  """All but the scalar head, which computes in float32; and nothing of what the caller holds is changed."""
+  """Matrices: not the tables that rows are taken from, norms, biases and the scalar head, which may be added unrounded."""
   policy, value = tiny.models()
   params = {'reference': tiny.params(policy, 1), 'reward': tiny.params(value, 2)}
   kept = frozen_in('bfloat16', params)
   dtypes = lambda tree: {x.dtype.name for x in jax.tree.leaves(tree)}
-  assert dtypes(kept['reference']) == dtypes(kept['reward']['backbone']) == {'bfloat16'}
+  matrices = {'q_LDNH', 'k_LDKH', 'v_LDKH', 'o_LNHD', 'up_LDF', 'down_LFD'}
+  for backbone in (kept['reference']['backbone'], kept['reward']['backbone']):
+    assert {name for name, x in backbone['blocks'].items() if x.dtype == 'bfloat16'} == matrices
+    assert dtypes({name: x for name, x in backbone.items() if name != 'blocks'}) == {'float32'}
   assert dtypes(kept['reward']['scalar']) == dtypes(params) == dtypes(frozen_in('float32', params)) == {'float32'}
   assert jax.tree.structure(kept) == jax.tree.structure(params)

@@ -52,6 +52,8 @@ HALVED = '--sft.optimizer.moment-dtype bfloat16'
    'SFT step', f'--sft.microbatches 8 {HALVED}'),
   ({}, 'ppo', 'update', 'PPO update', f'{CUT} --remat block --ppo.optimizer.moment-dtype bfloat16'),
   ({}, 'ppo', 'generate', 'generate', f'{CUT} --ppo.slots 8 --ppo.no-gather'),
+  ({'dtype': 'bfloat16'}, 'ppo', 'generate', 'generate',
+   f'{CUT} --ppo.frozen-dtype bfloat16 --ppo.slots 8 --ppo.no-gather'),
   ({}, 'reward', 'generate', 'generate', f'{CUT} --ppo.slots 8 --ppo.no-gather'),
   ({'mesh.fsdp': 8}, 'ppo', 'look_back', 'experience', ''),
   ({'mesh.fsdp': 8}, 'sft', 'eval_step', 'evaluation', ''),

@@ -22,6 +22,16 @@ def test_compiled_programs_are_kept_where_the_docs_say(tmp_path):
   assert said == [f'{tmp_path}/.cache/rlhf_jax\n', '/elsewhere\n']
 
 
+def test_a_run_takes_of_a_gpu_what_plans_count_with():
+  name = 'XLA_PYTHON_CLIENT_MEM_FRACTION'
+  code = ('import os; from rlhf_jax.startup import prepare_process; prepare_process(); '
+          f'print(os.environ["{name}"])')
+  bare = {key: value for key, value in os.environ.items() if key != name}
+  said = [subprocess.run([sys.executable, '-c', code], env=bare | more, capture_output=True,
+                         text=True, check=True).stdout for more in ({}, {name: '.5'})]
+  assert said == ['0.9\n', '.5\n']
+
+
 @pytest.mark.parametrize('devices, variable, expected', [
   ([], None, 0.3), (['/dev/nvidia0'], None, 0.0), (['/dev/nvidia0'], '7', 0.0), ([], '0', 0.0)])
 def test_small_programs_are_kept_for_an_accelerator(devices, variable, expected, monkeypatch):

@@ -71,7 +71,7 @@ def test_settings_for_devices_use_all_of_them(default, name, topology, settings)
   kind, shape = topology.split(':')
   count = math.prod(map(int, re.findall(r'\d+', shape))) * (2 if kind == 'tpu7x' else 1)
   mesh = experiment.mesh
-  assert (mesh.data or 1) * mesh.fsdp * mesh.tensor == count
+  assert (mesh.data or 1) * (mesh.fsdp or 1) * mesh.tensor == count
   assert kind in chips.CHIPS
   if kind in gpus.TARGETS:
     assert experiment.attention != 'splash'

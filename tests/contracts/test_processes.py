@@ -137,7 +137,7 @@ def test_two_processes_stop_together_and_go_on_exactly_and_four_go_on_too(tmp_pa
 
 
 def test_a_killed_process_ends_the_other_which_names_it(tmp_path):
-  group = start(tmp_path, 2, '--sft.steps', '100000')
+  group = start(tmp_path, 2, '--mesh.fsdp', '1', '--sft.steps', '100000')
   wait_for_rows(group, tmp_path, 3)
   group[1].kill()
   began = time.monotonic()

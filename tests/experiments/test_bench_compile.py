@@ -137,7 +137,8 @@ def test_every_program_is_compiled_and_timed(tmp_path, capsys, monkeypatch):
     assert each['seconds'] == pytest.approx(sum(each['seconds_of'].values()))
     assert each['temporary_bytes'] > 2 * 565 * 64 * 4
     assert sum(part['kernels'].get('gemm', 0) for part in each['parts']) > 0
-  assert results['seconds'] == pytest.approx(sum(each['seconds'] for each in results['programs']))
+  # On the clock, where one program comes after another: no less than all of them.
+  assert results['seconds'] >= sum(each['seconds'] for each in results['programs'])
   said = capsys.readouterr().out
   assert 'SFT step: ' in said and 'nano for cpu:1, jax' in said
 
@@ -149,8 +150,9 @@ def test_sizes_are_those_of_the_issue_or_of_the_experiment():
   assert (ours.preset, ours.dtype, ours.data.limits.tokens) == ('llama3.2-1b', 'bfloat16', 565)
   assert (ours.ppo.batch_size, ours.ppo.epochs, ours.ppo.minibatches) == (64, 4, 4)
   assert (quickstart.preset, quickstart.data.limits.tokens) == ('micro', 46)
-  assert quickstart.scan_layers is True and quickstart.mesh.runner == 'single'
-  assert of('experiment', 'llama3_8b').pretrained is None
+  assert quickstart.scan_layers is True and quickstart.mesh.runner == 'auto'
+  eight = of('experiment', 'llama3_8b')  # what is not given stays as the experiment has it
+  assert eight.pretrained is None and eight.remat == 'block' and eight.scan_layers is True
 
 
 @pytest.mark.parametrize('flags, match', [

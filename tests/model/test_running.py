@@ -37,15 +37,12 @@ def there(platform, stats=None, **more):
 
 def test_a_device_is_described():
   assert describe(jax.devices()[0]) == device.first_device() == CPU
-  assert describe(there('cuda', {'bytes_limit': 7}, compute_capability='9.0')) == Device(
-    'gpu', 7, 9.0
+  stats = {'bytes_limit': 79 * 2**30}  # rounded down to 76, so that all hosts find the same
+  assert describe(there('cuda', stats, compute_capability='9.0')) == Device('gpu', 76 * 2**30, 9.0)
+  assert describe(there('gpu', stats, compute_capability='8.6'), 23 * 2**30 + 5) == Device(
+    'gpu', 20 * 2**30, 8.6
   )
-  assert describe(there('gpu', {'bytes_limit': 7}, compute_capability='8.6'), 5) == Device(
-    'gpu', 5, 8.6
-  )
-  assert describe(there('rocm', {'bytes_limit': 7}, compute_capability='gfx942')) == Device(
-    'gpu', 7
-  )
+  assert describe(there('rocm', stats, compute_capability='gfx942')) == Device('gpu', 76 * 2**30)
   assert describe(there('tpu')) == Device('tpu')
 
 
@@ -55,7 +52,20 @@ def test_a_device_that_is_not_here_tells_no_memory():
 
   there = types.SimpleNamespace(platform='tpu', memory_stats=absent)
   assert describe(there) == Device('tpu')
-  assert describe(there, 5) == Device('tpu', 5)
+  assert describe(there, 8 * 2**30) == Device('tpu', 8 * 2**30)
+  assert describe(there, 5) == Device('tpu', 4 * 2**30)  # what is rounded to nothing is not
+
+
+def test_memory_is_asked_of_a_device_of_this_process(monkeypatch):
+  def absent():
+    raise jax.errors.JaxRuntimeError('only supported for addressable devices')
+
+  ours = there('gpu', {'bytes_limit': 12 * 2**30}, process_index=jax.process_index())
+  monkeypatch.setattr(device.jax, 'local_devices', lambda: [ours])
+  theirs = types.SimpleNamespace(
+    platform='gpu', memory_stats=absent, process_index=jax.process_index() + 1
+  )
+  assert describe(theirs) == Device('gpu', 12 * 2**30)
 
 
 def test_all_but_the_cpu_are_accelerators():
@@ -74,7 +84,7 @@ def test_a_model_is_for_the_first_device_unless_it_says_for_which():
   'place, layers, asked, scans',
   [
     (CPU, 8, None, False),
-    (CPU, 9, None, True),
+    (CPU, 17, None, True),
     (CPU, 9, False, False),
     (CPU, 1, True, True),
     (H100, 1, None, True),
@@ -196,7 +206,7 @@ def test_a_kernel_of_bfloat16_is_refused_to_other_models():
   'config, line',
   [
     (on(CPU), 'attention by XLA; 3 layers unrolled'),
-    (on(CPU, layers=9), 'attention by XLA; 9 layers scanned'),
+    (on(CPU, layers=17), 'attention by XLA; 17 layers scanned'),
     (on(H100), 'attention by cuDNN; 3 layers scanned'),
     (on(TPU, scan_layers=False), 'attention by splash; 3 layers unrolled'),
     (
