@@ -50,8 +50,8 @@ class BenchCompile:
   preset: str | None = None  # model, by name; None: llama3.2-1b, or that of the experiment
   stages: tuple[Literal['sft', 'reward', 'ppo'], ...] = ('sft', 'reward', 'ppo')  # whose programs
   attention: AttentionName = 'auto'  # xla, cudnn or splash; auto: as the experiment has it
-  remat: Remat = 'auto'  # what the backward pass recomputes: nothing, all but matrix products, whole blocks
-  scan: Scan = 'auto'  # one compiled block for all layers
+  remat: Remat = 'auto'  # none, dots or block; auto: as the experiment has it
+  scan: Scan = 'auto'  # one compiled block for all layers; auto: as the experiment has it
   mesh: MeshConfig = MeshConfig()
   threads: int = 1  # programs compiled side by side, as a run does where cores are idle
   json: str = ''  # file that gets the results

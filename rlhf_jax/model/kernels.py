@@ -20,7 +20,7 @@ _LONGEST_BLOCK = 512  # MaxText's default for all of its blocks; that of JAX, 12
 
 
 def cudnn_attention(q_BTNH, k_BKSH, v_BKSH, causal, implementation='cudnn'):
-  """cuDNN's fused attention, in bfloat16; raises RuntimeError where there is no cuDNN.
+  """cuDNN's fused attention, in bfloat16; raises ConfigError where there is no cuDNN, or JAX refuses.
 
   Dense rows are told by their lengths, and nothing after the diagonal is computed. Others (packed,
   or with padding before them) are told by an array [B, 1, T, S] of who sees whom, and computed in
@@ -40,6 +40,8 @@ def cudnn_attention(q_BTNH, k_BKSH, v_BKSH, causal, implementation='cudnn'):
   try:
     out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, implementation=implementation,
                                             **told)
+  except jax.errors.JaxRuntimeError:  # of running it, such as memory that is not enough
+    raise
   except (NotImplementedError, RuntimeError) as error:  # the version, or a limit not known here
     raise ConfigError(f"cuDNN's attention cannot be had: {error} Pass --attention xla.") from error
   return _of_tokens(out_BTNH[:, :T], causal)

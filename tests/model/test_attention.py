@@ -13,11 +13,12 @@ from families import FAMILIES
 from jax._src.cudnn import fused_attention_stablehlo
 
 from rlhf_jax import runners
-from rlhf_jax.errors import ShardingError
+from rlhf_jax.errors import ConfigError, ShardingError
 from rlhf_jax.model import attention, forward, kernels
 from rlhf_jax.model.attention import Causal, Seen, attend
 from rlhf_jax.model.device import Device
 from rlhf_jax.model.heads import LanguageModel, initial_params
+from rlhf_jax.model.kernels import cudnn_attention
 
 B, T, N, K, H = 3, 300, 4, 2, 6                                      # three pieces of at most 128 queries
 RNG = np.random.default_rng(4)
@@ -263,3 +264,12 @@ def test_heads_that_the_mesh_does_not_divide_are_refused():
   q_BTNH, k_BKSH, v_BKSH = (x[:2] for x in arrays())                 # two key/value heads
   with jax.set_mesh(runner.mesh), pytest.raises(ShardingError, match='an attention kernel on K=2, which 4 parts'):
     jax.eval_shape(functools.partial(attend, kernel='splash'), q_BTNH, k_BKSH, v_BKSH, Causal(jnp.array(SEGMENT_BT[:2])))
+
+
+def test_a_kernel_that_jax_refuses_is_a_setting_to_change():
+  """Here there is no cuDNN; where there is, heads of 20 numbers are refused, no multiple of 8."""
+  shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+            for shape in ((1, 6, 2, 20), (1, 2, 6, 20), (1, 2, 6, 20))]
+  causal = Causal(jnp.ones((1, 6), jnp.int32), dense=True)
+  with pytest.raises(ConfigError, match=r"cuDNN's attention cannot be had: .* Pass --attention xla"):
+    jax.eval_shape(lambda *qkv: cudnn_attention(*qkv, causal), *shapes)
